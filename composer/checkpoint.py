@@ -1,0 +1,138 @@
+"""A checkpoint: full weights of a base or a composed model, known from its headers.
+
+    config.json
+    model.safetensors                                     one file, or
+    model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError
+from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.tensors import SafetensorsHeader, TensorSpec, read_header
+
+__all__ = ["Checkpoint", "Shard", "open_checkpoint"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    header: SafetensorsHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Full weights, opened by their headers only."""
+
+    files: FileSet
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name to shape: all that compatibility needs."""
+        return {name: spec.shape for name, spec in self.tensors.items()}
+
+    @property
+    def architecture(self) -> str:
+        """The class named by the config, such as LlamaForCausalLM."""
+        return (self.config.get("architectures") or [self.config.get("model_type", "unknown")])[0]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights lie in more than one file, under an index."""
+        return INDEX in self.files
+
+
+def open_checkpoint(source: Path | FileSet) -> Checkpoint:
+    """Open a folder (or a mapping of file names to paths) as a checkpoint, reading headers only.
+
+    Raises NotFoundError (no config, no weights, missing shard), UnsafeFormatError (pickle, remote code) or
+    CorruptFileError (bad safetensors, index and shards disagree).
+    """
+    files = folder_files(source) if isinstance(source, Path) else source
+    where = str(source) if isinstance(source, Path) else "the checkpoint"
+    if "config.json" not in files:
+        adapter = "adapter_config.json" in files
+        raise NotFoundError(
+            f"{where} has no config.json",
+            expected="config.json and model.safetensors of a base model",
+            found="an adapter (adapter_config.json)" if adapter else ", ".join(list(files)[:8]) or "an empty folder",
+            remedy="give the adapter to 'registry publish'" if adapter else "give a folder saved by save_pretrained",
+        )
+    config = read_json(files["config.json"])
+    if "auto_map" in config:
+        raise UnsafeFormatError(
+            f"{where} needs remote code (auto_map in config.json)",
+            expected="an architecture of the transformers library",
+            found=config["auto_map"],
+            remedy="convert the model to an architecture that transformers has built in",
+        )
+    shards = tuple(Shard(name, read_header(files[name])) for name in _shard_names(files, where))
+    tensors: dict[str, TensorSpec] = {}
+    for shard in shards:
+        for name, spec in shard.header.tensors.items():
+            if name in tensors:
+                raise CorruptFileError(
+                    f"{name} lies in two shards", expected="each tensor once", found=[tensors[name].path.name, shard.name]
+                )
+            tensors[name] = spec
+    if INDEX in files:
+        _check_index(files, tensors, {shard.name: set(shard.header.tensors) for shard in shards})
+    return Checkpoint(files, config, shards, tensors)
+
+
+def _shard_names(files: FileSet, where: str) -> list[str]:
+    if INDEX in files:
+        weight_map = read_json(files[INDEX]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CorruptFileError(f"{INDEX} has no weight_map", expected="a map from tensor to file", found=weight_map)
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise NotFoundError(
+                f"{where} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}",
+                expected=names,
+                found=[name for name in names if name in files],
+                remedy="fetch the missing files",
+            )
+        return names
+    if SINGLE in files:
+        return [SINGLE]
+    refuse_pickles(files, SINGLE)
+    raise NotFoundError(
+        f"{where} has no weights",
+        expected=f"{SINGLE} or {INDEX}",
+        found=", ".join(list(files)[:8]),
+        remedy="save the model with save_pretrained(safe_serialization=True)",
+    )
+
+
+def _check_index(files: FileSet, tensors: dict[str, TensorSpec], shards: dict[str, set[str]]) -> None:
+    weight_map = read_json(files[INDEX])["weight_map"]
+    wrong = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
+    extra = sorted(set(tensors) - set(weight_map))
+    if wrong or extra:
+        raise CorruptFileError(
+            f"{INDEX} and the shards disagree on {len(wrong) + len(extra)} tensors: {', '.join((wrong + extra)[:3])}",
+            expected="every tensor of the shards in the index, and the reverse",
+            found={"not in the shard named": wrong[:20], "not in the index": extra[:20]},
+            remedy="fetch the checkpoint again, or save it anew",
+        )

@@ -1,0 +1,125 @@
+"""Which models the ONNX exporter knows, and what their graphs take and give.
+
+    causal LM   input_ids, attention_mask, position_ids, past_key_values.N.key|value → logits, present.N.key|value
+    encoder     input_ids, attention_mask [, token_type_ids]                         → last_hidden_state | logits
+
+Adding a model is adding a row to `ARCHITECTURES`, once the tests cover it. Opset 23 has the fused operators (Attention,
+RMSNormalization, RotaryEmbedding); a row says 20 where a fused operator rejects what the model feeds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from composer.errors import UnsupportedArchitectureError
+
+__all__ = ["ARCHITECTURES", "Architecture", "supported"]
+
+Task = Literal["text-generation", "feature-extraction", "text-classification", "token-classification"]
+
+# Both rescale the rotary frequencies by the length of the running sequence: control flow that a trace would freeze.
+LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One class of `transformers`: what it computes, and the graph made of it.
+
+    inputs: the graph's int64 inputs without the KV cache, in order.
+    output: the first output; `present.N.*` follow it for text generation.
+    unused: the parts of the module that the output does not depend on; their weights are not in the graph.
+    """
+
+    name: str
+    task: Task
+    opset: int = 23
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+    output: str = "logits"
+    unused: tuple[str, ...] = ()
+
+    @property
+    def is_causal(self) -> bool:
+        """True when the graph carries a KV cache and generates text."""
+        return self.task == "text-generation"
+
+
+def _causal(name: str, opset: int = 23) -> Architecture:
+    return Architecture(name, "text-generation", opset, ("input_ids", "attention_mask", "position_ids"))
+
+
+def _encoder(stem: str, *, token_types: bool, opset: int = 23) -> tuple[Architecture, ...]:
+    inputs = ("input_ids", "attention_mask") + (("token_type_ids",) if token_types else ())
+    return (
+        Architecture(f"{stem}Model", "feature-extraction", opset, inputs, "last_hidden_state", ("pooler.",)),
+        Architecture(f"{stem}ForSequenceClassification", "text-classification", opset, inputs),
+        Architecture(f"{stem}ForTokenClassification", "token-classification", opset, inputs),
+    )
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        _causal("LlamaForCausalLM"),
+        _causal("MistralForCausalLM"),
+        _causal("Qwen2ForCausalLM"),
+        _causal("Qwen3ForCausalLM"),
+        _causal("GPT2LMHeadModel"),
+        *_encoder("Bert", token_types=True),
+        *_encoder("Roberta", token_types=False),
+        *_encoder("DistilBert", token_types=False),
+    )
+}
+
+
+def supported(config: dict[str, Any]) -> None:
+    """Raise `UnsupportedArchitectureError` unless a model with this config.json can be exported; write nothing.
+
+    config: the parsed config.json of a checkpoint folder.
+    Refused: an architecture that is not in the table, remote code, quantised weights, rotary embeddings that depend on
+    the length of the sequence, and decoders with cross-attention.
+    """
+    architecture_of(config)
+
+
+def architecture_of(config: dict[str, Any]) -> Architecture:
+    """The row of `ARCHITECTURES` for this config.json, or the error that `supported` documents."""
+    names = config.get("architectures") or []
+    found = names[0] if len(names) == 1 else names
+    known = sorted(ARCHITECTURES)
+
+    def refuse(reason: str, remedy: str | None = None) -> UnsupportedArchitectureError:
+        return UnsupportedArchitectureError(
+            f"onnx: {found or 'a config without architectures'}: {reason}; supported: {', '.join(known)}",
+            expected=known,
+            found=found,
+            remedy=remedy or "export safetensors instead",
+            architecture=found,
+        )
+
+    if config.get("auto_map"):
+        raise refuse("needs remote code (auto_map), which is never run")
+    if not isinstance(found, str) or found not in ARCHITECTURES:
+        raise refuse("config.json must name exactly one supported architecture")
+    if config.get("quantization_config"):
+        raise refuse("its weights are quantised", "compose from the unquantised base")
+    if config.get("is_encoder_decoder") or config.get("add_cross_attention"):
+        raise refuse("models with cross-attention are not exported")
+    if config.get("is_decoder") and not ARCHITECTURES[found].is_causal:
+        raise refuse("an encoder configured as a decoder (is_decoder) is not exported")
+    for kind in _rope_types(config):
+        if kind in LENGTH_DEPENDENT_ROPE:
+            raise refuse(f"rotary embedding of type {kind!r} depends on the length of the sequence")
+    return ARCHITECTURES[found]
+
+
+def _rope_types(config: dict[str, Any]) -> list[Any]:
+    kinds: list[Any] = []
+    for key in ("rope_parameters", "rope_scaling"):
+        entry = config.get(key)
+        if isinstance(entry, dict):
+            # Models with several kinds of attention layers nest one entry per kind.
+            for item in (entry, *entry.values()):
+                if isinstance(item, dict):
+                    kinds.append(item.get("rope_type", item.get("type")))
+    return kinds

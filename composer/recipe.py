@@ -1,0 +1,152 @@
+"""What the user asked for, before anything is looked up.
+
+    smollm2+team/shout@1.0.0:0.7+./my-adapter
+    |       |          |     |   |
+    base    adapter    |     |   a folder is as good as a name
+                       |     weight (default 1)
+                       version, alias or sha256:… (default latest)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from composer.errors import RecipeError
+
+__all__ = ["AdapterTerm", "Allow", "Dtype", "Export", "Recipe", "is_path", "parse_recipe", "split_reference"]
+
+TERM = re.compile(r"(?P<ref>[^@]+?)(?:@(?P<version>sha256:[0-9a-f]{6,64}|[^@:]+))?(?::(?P<weight>[^:/]*))?")
+SYNTAX = "BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], for example smollm2+team/shout@1.0.0:0.7+team/json"
+
+
+class Dtype(StrEnum):
+    """The number format of the composed weights; `keep` is the base's own."""
+
+    KEEP = "keep"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Export(StrEnum):
+    """The artefact to write."""
+
+    SAFETENSORS = "safetensors"
+    ONNX = "onnx"
+
+
+class Allow(StrEnum):
+    """The weakest compatibility that compose accepts; `same-values` is accepted with a warning by default."""
+
+    SAME_VALUES = "same-values"
+    LINEAGE = "lineage"
+    SHAPE = "shape"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AdapterTerm(_Model):
+    """One adapter of a recipe: a name or a folder, a version, a weight."""
+
+    ref: str = Field(min_length=1)
+    version: str | None = None
+    weight: float = 1.0
+
+    @field_validator("weight")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError(f"a weight must be finite, found {value}")
+        return value
+
+    def __str__(self) -> str:
+        version = f"@{self.version}" if self.version else ""
+        weight = f":{self.weight:g}" if self.weight != 1.0 else ""
+        return f"{self.ref}{version}{weight}"
+
+
+class Recipe(_Model):
+    """A base, adapters with weights, how they are combined and what is written. Immutable; its digest names it."""
+
+    schema_version: int = Field(default=1, ge=1, le=1)
+    base: str = Field(min_length=1)
+    adapters: tuple[AdapterTerm, ...] = ()
+    method: str = "linear"
+    dtype: Dtype = Dtype.KEEP
+    export: Export = Export.SAFETENSORS
+    allow: Allow = Allow.SAME_VALUES
+
+    def __str__(self) -> str:
+        return "+".join([self.base, *map(str, self.adapters)])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of this recipe, as 64 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_path(ref: str) -> bool:
+    """Whether a reference is a folder rather than a catalogue name: it begins with ``.``, ``/`` or ``~``."""
+    return ref.startswith((".", "/", "~"))
+
+
+def parse_recipe(
+    text: str,
+    *,
+    method: str = "linear",
+    dtype: Dtype = Dtype.KEEP,
+    export: Export = Export.SAFETENSORS,
+    allow: Allow = Allow.SAME_VALUES,
+) -> Recipe:
+    """Parse ``base+adapter@version:weight+…``. Raises RecipeError that points at the part which is wrong."""
+    base, *terms = text.split("+")
+    if not base.strip() or base != base.strip():
+        raise _bad(text, "a base model first", base)
+    if not is_path(base) and ("@" in base or ":" in base):
+        raise _bad(text, "a base without version or weight", base)
+    adapters = tuple(_term(text, term) for term in terms)
+    return Recipe(base=base, adapters=adapters, method=method, dtype=dtype, export=export, allow=allow)
+
+
+def split_reference(text: str) -> tuple[str, str | None]:
+    """``team/shout@1.0.0`` to ("team/shout", "1.0.0"); a path has no version. Raises RecipeError."""
+    term = _term(text, text)
+    if ":" in text.removeprefix(term.ref).removeprefix(f"@{term.version}"):
+        raise RecipeError(f"{text!r} has a weight where none belongs", expected="NAME[@VERSION]", found=text)
+    return term.ref, term.version
+
+
+def _term(text: str, term: str) -> AdapterTerm:
+    match = TERM.fullmatch(term)
+    if match is None or term != term.strip():
+        raise _bad(text, "ADAPTER[@VERSION][:WEIGHT] after each '+'", term)
+    weight = 1.0
+    if match["weight"] is not None:
+        try:
+            weight = float(match["weight"])
+        except ValueError:
+            raise _bad(text, "a number after ':'", match["weight"]) from None
+        if not math.isfinite(weight):
+            raise _bad(text, "a finite weight", match["weight"])
+    if is_path(match["ref"]) and match["version"]:
+        raise _bad(text, "a folder without '@VERSION'", term)
+    return AdapterTerm(ref=match["ref"], version=match["version"], weight=weight)
+
+
+def _bad(text: str, expected: str, found: str) -> RecipeError:
+    return RecipeError(
+        f"cannot read the recipe {text!r}: expected {expected}, found {found!r}",
+        expected=expected,
+        found=found,
+        remedy=f"write it as {SYNTAX}",
+        recipe=text,
+    )
