@@ -34,13 +34,13 @@ def folder_files(folder: Path) -> dict[str, Path]:
             path=folder,
         )
     root = folder.resolve()
+    hub_blobs = root.parent.parent / "blobs"  # a hub cache links snapshots/REV/* to blobs/*
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if any(part.startswith(".") for part in name.split("/")) or not path.is_file():
             continue
-        # Links inside the folder are followed, as are those of a hub cache (blobs beside snapshots).
-        if path.is_symlink() and not str(path.resolve()).startswith((str(root), str(root.parent.parent))):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in (root, hub_blobs)):
             continue
         found[name] = path
     return found

@@ -130,9 +130,7 @@ def bind(graph: onnx.ModelProto, folder: Path) -> Bound:
     return Bound(graph, names[stored.most_common(1)[0][0]], tuple(unused))
 
 
-def _point(
-    graph: onnx.ModelProto, sources: dict[str, str], tensors: dict[str, tuple[str, TensorSpec]]
-) -> Counter[str]:
+def _point(graph: onnx.ModelProto, sources: dict[str, str], tensors: dict[str, tuple[str, TensorSpec]]) -> Counter[str]:
     """Rewrite the initializers in `sources` (parameter → key); returns the bytes stored in each dtype."""
     from onnx import TensorProto, helper
 
@@ -202,15 +200,15 @@ def _keys(name: str, prefix: str) -> list[str]:
 def _same_bytes(folder: Path, one: tuple[str, TensorSpec], other: tuple[str, TensorSpec]) -> bool:
     if (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
         return False
-    step = 1 << 24
-    with open(folder / one[0], "rb") as first, open(folder / other[0], "rb") as second:
-        with (
-            mmap.mmap(first.fileno(), 0, access=mmap.ACCESS_READ) as left,
-            mmap.mmap(second.fileno(), 0, access=mmap.ACCESS_READ) as right,
-        ):
-            start, stop = one[1].offset, other[1].offset
-            return all(
-                left[start + at : start + min(at + step, one[1].nbytes)]
-                == right[stop + at : stop + min(at + step, one[1].nbytes)]
-                for at in range(0, one[1].nbytes, step)
-            )
+    with (
+        open(folder / one[0], "rb") as first,
+        open(folder / other[0], "rb") as second,
+        mmap.mmap(first.fileno(), 0, access=mmap.ACCESS_READ) as left,
+        mmap.mmap(second.fileno(), 0, access=mmap.ACCESS_READ) as right,
+    ):
+        step, end = 1 << 24, one[1].nbytes
+        return all(
+            left[one[1].offset + at : one[1].offset + min(at + step, end)]
+            == right[other[1].offset + at : other[1].offset + min(at + step, end)]
+            for at in range(0, end, step)
+        )

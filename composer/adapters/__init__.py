@@ -1,0 +1,247 @@
+"""Adapter kinds, one file each; this file finds the one that reads a given folder.
+
+    open_adapter(folder)  ->  Adapter (kind, config, header)
+        .signature        what it touches: modules and sizes, known without any base
+        .bind(shapes)     the same against one base: base tensor names, or the list of what does not fit
+        .deltas(binding)  changes to base tensors
+
+A kind registers itself with ``@adapter_kind``; siblings are imported in sorted order and a duplicate is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from composer.deltas import Delta
+from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
+from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.tensors import SafetensorsHeader, TensorSpec, read_header
+
+__all__ = [
+    "Adapter",
+    "AdapterKind",
+    "Binding",
+    "Mismatch",
+    "Signature",
+    "Target",
+    "adapter_kind",
+    "kinds",
+    "open_adapter",
+]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+ALTERNATIVE_WEIGHTS = ("adapter.safetensors", "adapters.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout."""
+
+    parameter: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What an adapter needs of a base, known from its own header: the catalogue stores it."""
+
+    kind: str
+    targets: tuple[Target, ...]
+    parameters: int
+    rank: int | None = None
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """One parameter of the adapter that does not fit the base; `found` is None where the base lacks it."""
+
+    parameter: str
+    expected: tuple[int, ...]
+    found: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"{self.parameter}: the base has no such tensor"
+        return f"{self.parameter}: the adapter expects {list(self.expected)}, the base has {list(self.found)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A signature resolved against one base: adapter parameter name to base tensor name."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    mismatches: tuple[Mismatch, ...] = ()
+
+
+class AdapterKind(Protocol):
+    """What one file of this package provides."""
+
+    name: str
+    peft_types: tuple[str, ...]
+
+    def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
+        """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""
+        ...
+
+    def signature(self, config: dict[str, Any], header: SafetensorsHeader) -> Signature:
+        """What the adapter touches."""
+        ...
+
+    def deltas(self, config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Delta]:
+        """Changes to base tensors, with `names` from adapter parameter to base tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter, opened by its header only."""
+
+    kind: AdapterKind
+    config: dict[str, Any]
+    header: SafetensorsHeader
+    files: FileSet
+    signature: Signature
+
+    @property
+    def base_name(self) -> str | None:
+        """The base as the trainer named it: a hub name or a path of the trainer's machine; proves nothing."""
+        return self.config.get("base_model_name_or_path") or None
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+        """Resolve this adapter's parameters against a base's tensor names and shapes."""
+        return bind_targets(self.signature.targets, shapes)
+
+    def deltas(self, names: Mapping[str, str]) -> list[Delta]:
+        """The changes, in the order of the adapter's tensors."""
+        return self.kind.deltas(self.config, self.header, names)
+
+
+K = TypeVar("K", bound=AdapterKind)
+
+_KINDS: dict[str, AdapterKind] = {}
+
+
+def adapter_kind(cls: type[K]) -> type[K]:
+    """Register an adapter kind; its name must be new."""
+    kind = cls()
+    if kind.name in _KINDS:
+        raise RuntimeError(f"two adapter kinds are named {kind.name!r}")
+    _KINDS[kind.name] = kind
+    return cls
+
+
+def kinds() -> dict[str, AdapterKind]:
+    """All adapter kinds by name."""
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _KINDS
+
+
+def open_adapter(source: Path | FileSet) -> Adapter:
+    """Open a PEFT adapter folder (or a mapping of file names to paths), reading headers only.
+
+    Raises NotFoundError, UnsafeFormatError (pickle), CorruptFileError, UnknownAdapterTypeError or
+    UnsupportedAdapterError.
+    """
+    files = folder_files(source) if isinstance(source, Path) else source
+    where = str(source) if isinstance(source, Path) else "the adapter"
+    if CONFIG not in files:
+        raise NotFoundError(
+            f"{where} has no {CONFIG}",
+            expected=f"{CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
+            found=", ".join(list(files)[:8]) or "an empty folder",
+            remedy="a base model goes to 'registry base add'" if "config.json" in files else "check the path",
+        )
+    config = read_json(files[CONFIG])
+    kind = _find_kind(config)
+    if WEIGHTS not in files:
+        refuse_pickles(files, WEIGHTS)
+        raise NotFoundError(
+            f"{where} has no {WEIGHTS}",
+            expected=WEIGHTS,
+            found=", ".join(list(files)[:8]),
+            remedy="save the adapter with PEFT's save_pretrained",
+        )
+    header = read_header(files[WEIGHTS])
+    if not header.tensors:
+        raise CorruptFileError(
+            f"{WEIGHTS} holds no tensors", expected="the adapter's weights", found="none", remedy="save it again"
+        )
+    kind.check(config, header)
+    return Adapter(kind, config, header, files, kind.signature(config, header))
+
+
+def _find_kind(config: dict[str, Any]) -> AdapterKind:
+    found = config.get("peft_type")
+    for kind in kinds().values():
+        if found in kind.peft_types:
+            return kind
+    known = sorted(name for kind in kinds().values() for name in kind.peft_types)
+    raise UnknownAdapterTypeError(
+        f"adapters of type {found!r} cannot be read",
+        expected=f"peft_type of {', '.join(known)}",
+        found=found,
+        remedy="publish one of these kinds; an adapter of another tool must be converted to PEFT's format first",
+    )
+
+
+def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Match adapter parameter names to base tensor names, exactly or through one missing or extra prefix.
+
+    A trainer saves ``model.layers.0…`` or ``bert.encoder…`` as its class nests modules; a checkpoint saved without
+    its head lacks that prefix, one saved inside a wrapper has one more. One prefix rule must hold for all targets.
+    """
+    best: Binding | None = None
+    for rename in _prefix_rules(targets, shapes):
+        names = {target.parameter: rename(target.parameter) for target in targets}
+        mismatches = tuple(
+            Mismatch(target.parameter, target.shape, shapes.get(names[target.parameter]))
+            for target in targets
+            if shapes.get(names[target.parameter]) != target.shape
+        )
+        if not mismatches:
+            return Binding(names)
+        if best is None or len(mismatches) < len(best.mismatches):
+            best = Binding(names, mismatches)
+    return best or Binding()
+
+
+def _prefix_rules(
+    targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Callable[[str], str]]:
+    rules: list[Callable[[str], str]] = [lambda name: name]
+    if targets:
+        first = targets[0].parameter
+        head, _, rest = first.partition(".")
+        if rest in shapes:
+            rules.append(lambda name: name.removeprefix(f"{head}."))
+        for name in shapes:
+            if name.endswith(f".{first}"):
+                prefix = name.removesuffix(first)
+                rules.append(lambda parameter, prefix=prefix: prefix + parameter)
+    return rules
+
+
+def refuse(message: str, *, expected: str, found: Any, remedy: str) -> UnsupportedAdapterError:
+    """The error for a known kind used in a way that cannot be composed."""
+    return UnsupportedAdapterError(message, expected=expected, found=found, remedy=remedy)
+
+
+def parameter_count(header: SafetensorsHeader) -> int:
+    """How many numbers the adapter holds."""
+    return sum(_count(spec) for spec in header.tensors.values())
+
+
+def _count(spec: TensorSpec) -> int:
+    count = 1
+    for size in spec.shape:
+        count *= size
+    return count

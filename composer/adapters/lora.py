@@ -1,0 +1,192 @@
+"""LoRA as PEFT saves it (arXiv:2106.09685), with rsLoRA (arXiv:2312.03732).
+
+    base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
+    base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
+
+    W += s·B·A     s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from composer.adapters import Signature, Target, adapter_kind, parameter_count, refuse
+from composer.deltas import Delta, LowRank, Replace
+from composer.errors import CorruptFileError, TargetMismatchError
+from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec
+
+__all__ = ["Lora"]
+
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|original_module)(?=\.)")
+UNMERGEABLE_TENSORS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA on an embedding",
+    "token_adapter": "trainable_token_indices",
+    "trainable_tokens_delta": "trainable_token_indices",
+}
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
+
+
+@adapter_kind
+class Lora:
+    """Low-rank deltas on linear (and Conv1D) weights."""
+
+    name = "lora"
+    peft_types = ("LORA",)
+
+    def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
+        """Refuse the variants of LoRA whose delta is not s·B·A, and files that do not pair up."""
+        for key, what in UNMERGEABLE_TENSORS.items():
+            if any(key in name for name in header.tensors):
+                raise refuse(f"{what} is not supported yet", expected="plain LoRA on linear layers", found=key,
+                             remedy="merge it with PEFT, or retrain without it")
+        unsupported = {
+            "use_dora": "DoRA",
+            "lora_bias": "a bias on lora_B",
+            "layer_replication": "layer replication",
+            "trainable_token_indices": "trainable tokens",
+            "target_parameters": "LoRA on bare parameters (MoE experts)",
+            "alora_invocation_tokens": "activated LoRA (it depends on the input)",
+            "use_qalora": "QALoRA",
+            "megatron_config": "Megatron layers",
+        }
+        for option, what in unsupported.items():
+            if config.get(option):
+                raise refuse(f"{what} is not supported yet: {option}={config[option]!r} in adapter_config.json",
+                             expected=f"{option} unset", found=config[option],
+                             remedy="merge it with PEFT, or retrain without it")
+        if config.get("init_lora_weights", True) not in PLAIN_INITS:
+            raise refuse(
+                f"init_lora_weights={config['init_lora_weights']!r} changes the base's own weights",
+                expected="an initialisation that leaves the base as it is",
+                found=config["init_lora_weights"],
+                remedy="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)",
+            )
+        _number(config, "r")
+        _number(config, "lora_alpha")
+        factors = _factors(header)
+        if not factors:
+            raise CorruptFileError(
+                "the adapter holds no lora_A and lora_B tensors",
+                expected=f"{PREFIX}<module>.lora_A.weight",
+                found=list(header.tensors)[:5],
+                remedy="save the adapter with PEFT's save_pretrained",
+            )
+        for module, sides in factors.items():
+            _check_pair(module, sides)
+        for spec in header.tensors.values():
+            if spec.dtype not in FLOAT_DTYPES:
+                raise CorruptFileError(
+                    f"{spec.name} is {spec.dtype}", expected=sorted(FLOAT_DTYPES), found=spec.dtype,
+                    remedy="save the adapter in bf16, fp16 or fp32",
+                )
+
+    def signature(self, config: dict[str, Any], header: SafetensorsHeader) -> Signature:
+        """[out, in] for each LoRA module ([in, out] with fan_in_fan_out), the own shape of each whole tensor."""
+        targets = []
+        for module, sides in _factors(header).items():
+            shape = (sides["B"].shape[0], sides["A"].shape[1])
+            targets.append(Target(f"{module}.weight", shape[::-1] if config.get("fan_in_fan_out") else shape))
+        targets += [Target(parameter, spec.shape) for parameter, spec in _whole(header).items()]
+        modules = sorted({module.rpartition(".")[2] for module in _factors(header)})
+        return Signature(
+            kind=self.name,
+            targets=tuple(targets),
+            parameters=parameter_count(header),
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            target_modules=tuple(modules),
+        )
+
+    def deltas(self, config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Delta]:
+        """One LowRank a module, one Replace a whole tensor."""
+        deltas: list[Delta] = []
+        for module, sides in _factors(header).items():
+            scale = lora_scale(config, module, sides["A"].shape[0])
+            target = names[f"{module}.weight"]
+            deltas.append(LowRank(target, sides["A"], sides["B"], scale, bool(config.get("fan_in_fan_out"))))
+        deltas += [Replace(names[parameter], spec) for parameter, spec in _whole(header).items()]
+        return deltas
+
+
+def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r or alpha / √r, after rank_pattern and alpha_pattern.
+
+    A pattern is a regular expression for the whole module name or its end after a dot; the first that matches wins, as
+    in PEFT's get_pattern_key.
+    Raises TargetMismatchError when the configured rank is not that of the tensors.
+    """
+    configured = int(_pattern(config.get("rank_pattern"), module, config["r"]))
+    if configured != rank:
+        raise TargetMismatchError(
+            f"{module}: adapter_config.json says rank {configured}, the tensors have {rank}",
+            expected=configured,
+            found=rank,
+            remedy="the config belongs to another adapter, or rank_pattern is missing: restore the right one",
+            keys=[module],
+        )
+    alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        try:
+            matched = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise CorruptFileError(
+                f"adapter_config.json: the pattern {pattern!r} is not a regular expression: {error}",
+                expected="a module name or a regular expression", found=pattern, remedy="correct the pattern",
+            ) from None
+        if matched:
+            return value
+    return default
+
+
+def _number(config: dict[str, Any], field: str) -> None:
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CorruptFileError(
+            f"adapter_config.json: {field} must be a finite number", expected="a number", found=value,
+            remedy="restore the file that PEFT's save_pretrained wrote",
+        )
+
+
+def _factors(header: SafetensorsHeader) -> dict[str, dict[str, TensorSpec]]:
+    found: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in sorted(header.tensors.items()):
+        if match := FACTOR.fullmatch(name.removeprefix(PREFIX)):
+            found.setdefault(match["module"], {})[match["side"]] = spec
+    return found
+
+
+def _whole(header: SafetensorsHeader) -> dict[str, TensorSpec]:
+    return {
+        WRAPPED.sub("", name.removeprefix(PREFIX)): spec
+        for name, spec in sorted(header.tensors.items())
+        if not FACTOR.fullmatch(name.removeprefix(PREFIX))
+    }
+
+
+def _check_pair(module: str, sides: dict[str, TensorSpec]) -> None:
+    missing = {"A", "B"} - set(sides)
+    if missing:
+        raise CorruptFileError(
+            f"{module} has no lora_{missing.pop()}", expected="lora_A and lora_B", found=[s.name for s in sides.values()],
+            remedy="the file is incomplete: save the adapter again",
+        )
+    a, b = sides["A"], sides["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise refuse(f"{module}: LoRA on a convolution is not supported yet", expected="matrices",
+                     found=[list(a.shape), list(b.shape)], remedy="merge it with PEFT")
+    if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        raise CorruptFileError(
+            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} have no common rank",
+            expected="A [r, in] and B [out, r]", found=[list(a.shape), list(b.shape)],
+            remedy="the file is damaged: save the adapter again",
+        )

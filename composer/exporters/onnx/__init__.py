@@ -1,0 +1,175 @@
+"""Export a checkpoint folder to ONNX: trace a graph once, bind it to weights in milliseconds, verify before publishing.
+
+    config.json ──► architectures   refuse what is not known, before anything is written
+        │
+        ▼
+    graph_cache ──► hit ─────────────────────────────┐
+        │ miss                                       ▼
+        └────────► trace   (no weights, minutes) ──► bind   initializers point into *.safetensors (milliseconds)
+                                                     │
+                              .model.onnx.*.tmp ◄────┘
+                                   │
+                                verify   ONNX Runtime against torch, in float32
+                                   │
+                    model.onnx ◄───┴───► deleted, OnnxVerificationError
+
+A folder's `model.onnx` has no weights of its own: it belongs to the safetensors files beside it and moves with them.
+Weights keep their dtype; inputs, outputs and arithmetic are float32 (see `bind`). `session` opens and runs the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.errors import NotFoundError, OnnxVerificationError
+from composer.exporters.onnx import graph_cache
+from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
+from composer.exporters.onnx.bind import bind, stored_tensors
+from composer.exporters.onnx.session import generate, open_session, require_runtime
+from composer.exporters.onnx.trace import trace
+from composer.exporters.onnx.verify import verify
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["ARCHITECTURES", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
+
+MODEL_FILE = "model.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxExport:
+    """What was written, and the evidence that it computes what the torch model computes.
+
+    files: names written into the folder.
+    weight_dtype: the dtype that most weights are stored in; compute_dtype: the dtype of inputs, outputs, arithmetic.
+    graph_digest: what the graph was made from; equal digests share one cached graph. graph_cached: it was not traced.
+    max_abs_diff, tolerance: over all `checks`; each check also names its prompts, padding, tokens and own difference.
+    seconds: trace, bind, verify.
+    """
+
+    files: tuple[str, ...]
+    architecture: str
+    task: str
+    flavour: str
+    opset: int
+    weight_dtype: str
+    compute_dtype: str
+    graph_digest: str
+    graph_cached: bool
+    max_abs_diff: float
+    tolerance: float
+    checks: tuple[dict[str, Any], ...]
+    seconds: dict[str, float]
+
+
+def export_onnx(
+    folder: Path, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
+) -> OnnxExport:
+    """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
+
+    folder: config.json and model.safetensors, or shards with model.safetensors.index.json; a tokenizer is used to
+        make prompts when there is one. Weights are float32, float16 or bfloat16.
+    cache_dir: where weightless graphs are kept between exports; None traces anew each time.
+    Only a verified file gets the name model.onnx. When verification fails, an older model.onnx is deleted as well:
+    it points into the same weights.
+    Raises, before anything is written: NotFoundError, UnsupportedArchitectureError, MissingDependencyError.
+    Raises OnnxExportError when tracing or binding fails, OnnxVerificationError when the results differ.
+    """
+    folder = Path(folder)
+    say = progress or (lambda message: None)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise NotFoundError(
+            f"onnx: {folder}: no config.json", expected="a complete checkpoint folder", remedy="compose one first"
+        )
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    architecture = architecture_of(config)
+    require_runtime()
+    stored_tensors(folder)
+
+    clock = [time.perf_counter()]
+    digest = graph_cache.digest_of(config, architecture)
+    graph, cached = _graph(folder, architecture, digest, cache_dir, say)
+    clock.append(time.perf_counter())
+    bound = bind(graph, folder)
+    graph.metadata_props.add(key="composer.graph_digest", value=digest)
+    aside = _write_aside(folder, bound.model)
+    clock.append(time.perf_counter())
+    try:
+        say(f"verify {architecture.name} in ONNX Runtime against torch")
+        result = verify(folder, aside, architecture)
+        os.replace(aside, folder / MODEL_FILE)
+    except OnnxVerificationError:
+        (folder / MODEL_FILE).unlink(missing_ok=True)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_folder(folder)
+    clock.append(time.perf_counter())
+    return OnnxExport(
+        files=(MODEL_FILE,),
+        architecture=architecture.name,
+        task=architecture.task,
+        flavour=graph_cache.FLAVOUR,
+        opset=architecture.opset,
+        weight_dtype=bound.weight_dtype,
+        compute_dtype="float32",
+        graph_digest=digest,
+        graph_cached=cached,
+        max_abs_diff=result.max_abs_diff,
+        tolerance=result.tolerance,
+        checks=result.checks,
+        seconds={
+            name: round(after - before, 4)
+            for name, (before, after) in zip(("trace", "bind", "verify"), itertools.pairwise(clock), strict=True)
+        },
+    )
+
+
+def _graph(
+    folder: Path, architecture: Architecture, digest: str, cache_dir: Path | None, say: Callable[[str], None]
+) -> tuple[onnx.ModelProto, bool]:
+    """The weightless graph, and whether it came from the cache; a damaged entry is traced again and replaced."""
+    if cache_dir is not None:
+        graph = graph_cache.load(Path(cache_dir), digest)
+        if graph is not None:
+            say(f"graph {digest[:12]} from the cache")
+            return graph, True
+    say(f"trace {architecture.name} at opset {architecture.opset} (once per configuration; minutes for a large model)")
+    graph = trace(folder, architecture)
+    if cache_dir is not None:
+        graph_cache.store(Path(cache_dir), digest, graph)
+    return graph, False
+
+
+def _write_aside(folder: Path, model: onnx.ModelProto) -> Path:
+    """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MODEL_FILE}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString())
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Path(name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

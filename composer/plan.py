@@ -1,0 +1,250 @@
+"""From a recipe and headers to a frozen list of jobs: every name, shape, dtype, offset and error, before a byte is read.
+
+    Plan
+    ├── ShardPlan model-00001-of-00002.safetensors     header bytes + jobs in file order
+    │   ├── TensorJob model.embed_tokens.weight        no deltas: copied
+    │   └── TensorJob model.layers.0…q_proj.weight     deltas: read, merged, rounded once
+    └── …
+
+The output keeps the base's files and order, so the plan is also an honest dry run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from composer.adapters import Adapter
+from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
+from composer.deltas import Delta
+from composer.errors import IncompatibleError, RecipeError, TargetMismatchError, TiedWeightsError, UnsupportedAdapterError
+from composer.methods import find_method
+from composer.recipe import Dtype, Recipe
+from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+
+__all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
+
+BLOCK_BYTES = 64 << 20
+SAFETENSORS_DTYPE = {Dtype.BF16: "BF16", Dtype.FP16: "F16", Dtype.FP32: "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter of a recipe, opened: `label` names it in messages and in the provenance."""
+
+    label: str
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedDelta:
+    """A delta, its weight and the index of its term."""
+
+    delta: Delta
+    weight: float
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """One tensor of the output: `source` is where the base's lies, `dtype` what is written."""
+
+    source: TensorSpec
+    dtype: str
+    deltas: tuple[WeightedDelta, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return math.prod(self.source.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def copied(self) -> bool:
+        """Whether the base's bytes go through as they are."""
+        return not self.deltas and self.dtype == self.source.dtype
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows are merged at once, so that a float32 block stays within BLOCK_BYTES."""
+        rows, columns = self.matrix
+        return max(1, min(rows, BLOCK_BYTES // (4 * max(columns, 1))))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, numbers a row): the first dimension against the rest."""
+        shape = self.source.shape
+        return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file."""
+
+    name: str
+    header: bytes
+    jobs: tuple[TensorJob, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(job.nbytes for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a run needs."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    terms: tuple[Term, ...]
+    shards: tuple[ShardPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights written."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def jobs(self) -> tuple[TensorJob, ...]:
+        """All jobs, in file order."""
+        return tuple(job for shard in self.shards for job in shard.jobs)
+
+    @property
+    def touched(self) -> int:
+        """How many tensors a delta changes."""
+        return sum(bool(job.deltas) for job in self.jobs)
+
+    @property
+    def peak_bytes(self) -> int:
+        """An upper bound on the bytes a run holds at once: one tensor's factors, and blocks in float32 and both dtypes."""
+        return max((_job_bytes(job) for job in self.jobs), default=0)
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
+    """Resolve every adapter tensor to a base tensor, and lay out the output files. Reads headers only.
+
+    A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
+    Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
+    UnsupportedAdapterError (quantised base, weighted replacement), IncompatibleError (two replacements of one tensor)
+    or RecipeError (unknown method).
+    """
+    find_method(recipe.method)
+    changes: dict[str, list[WeightedDelta]] = {}
+    for index, term in enumerate(terms):
+        for delta in _resolve(term, checkpoint):
+            if term.weight != 0.0:
+                changes.setdefault(delta.target, []).append(WeightedDelta(delta, term.weight, index))
+    for target, deltas in changes.items():
+        _check_combination(target, deltas, terms, checkpoint)
+    shards = []
+    for shard in checkpoint.shards:
+        jobs = tuple(
+            TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())))
+            for name, spec in shard.header.tensors.items()
+        )
+        layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
+        shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards))
+
+
+def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
+    binding = term.adapter.bind(checkpoint.shapes)
+    touched = [*binding.names, *binding.names.values()]
+    head = next((name for name in touched if name.endswith(OUTPUT_EMBEDDINGS)), None)
+    embedding = next((name for name in touched if name.endswith(INPUT_EMBEDDINGS)), None)
+    if (head or embedding) and tied(checkpoint):
+        raise TiedWeightsError(
+            f"{term.label} changes {head or embedding}, which this base shares between its embedding and its output head",
+            expected="an adapter that touches neither end, or a base with tie_word_embeddings false and both tensors",
+            found=head or embedding,
+            remedy="untie the base and register it anew, or train the adapter without that module",
+            keys=[head or embedding],
+        )
+    if binding.mismatches:
+        listed = "; ".join(map(str, binding.mismatches[:3]))
+        raise TargetMismatchError(
+            f"{term.label}: {len(binding.mismatches)} of {len(term.adapter.signature.targets)} tensors do not fit the "
+            f"base: {listed}",
+            expected="a base whose tensors match the adapter's in name and shape",
+            found=[str(mismatch) for mismatch in binding.mismatches[:20]],
+            remedy="see 'registry bases ADAPTER' for the bases it fits",
+            keys=[mismatch.parameter for mismatch in binding.mismatches],
+        )
+    deltas = term.adapter.deltas(binding.names)
+    consumed = [source.name for delta in deltas for source in delta.sources]
+    wrong = sorted(set(term.adapter.header.tensors) ^ set(consumed)) + sorted(
+        {name for name in consumed if consumed.count(name) > 1} if len(set(consumed)) != len(consumed) else ()
+    )
+    targets = [delta.target for delta in deltas]
+    if wrong or len(set(targets)) != len(targets):
+        wrong = wrong or sorted({target for target in targets if targets.count(target) > 1})
+        raise TargetMismatchError(
+            f"{term.label}: {len(wrong)} tensors would not be used exactly once: {', '.join(wrong[:3])}",
+            expected="every tensor of the adapter consumed exactly once",
+            found=wrong[:20],
+            remedy="the adapter's file and its config do not belong together: save it again",
+            keys=wrong,
+        )
+    return deltas
+
+
+def tied(checkpoint: Checkpoint) -> bool:
+    """Whether the base shares its embedding with its output head.
+
+    A stored head that the config does not tie is its own tensor; without one, a language model can only be tied.
+    An encoder without any head is not tied to anything.
+    """
+    has_head = any(name.endswith(OUTPUT_EMBEDDINGS) for name in checkpoint.tensors)
+    generates = checkpoint.architecture.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"))
+    if not generates:
+        return False
+    return not has_head or bool(checkpoint.config.get("tie_word_embeddings", False))
+
+
+def _check_combination(
+    target: str, deltas: list[WeightedDelta], terms: Sequence[Term], checkpoint: Checkpoint
+) -> None:
+    spec = checkpoint.tensors[target]
+    if spec.dtype not in FLOAT_DTYPES:
+        raise UnsupportedAdapterError(
+            f"{target} is {spec.dtype}: merging into a quantised base is not supported yet",
+            expected=sorted(FLOAT_DTYPES),
+            found=spec.dtype,
+            remedy="dequantise the base first and register the result",
+        )
+    replacements = [item for item in deltas if item.delta.replaces]
+    if replacements and len(deltas) > 1:
+        labels = [terms[item.term].label for item in deltas]
+        raise IncompatibleError(
+            f"{target}: {' and '.join(labels)} cannot be combined, one of them replaces the whole tensor",
+            expected="at most one adapter that trains this tensor whole",
+            found=labels,
+            remedy="compose one of them, or merge one into a new base first",
+        )
+    for item in replacements:
+        if item.weight != 1.0:
+            raise RecipeError(
+                f"{terms[item.term].label} replaces {target}: its weight must be 1 (or 0), not {item.weight:g}",
+                expected=1.0,
+                found=item.weight,
+                remedy="leave the weight out",
+            )
+
+
+def _output_dtype(dtype: Dtype, spec: TensorSpec) -> str:
+    if dtype is Dtype.KEEP or spec.dtype not in FLOAT_DTYPES:
+        return spec.dtype
+    return SAFETENSORS_DTYPE[dtype]
+
+
+def _job_bytes(job: TensorJob) -> int:
+    if job.copied:
+        return 4 << 20
+    _, columns = job.matrix
+    block = job.block_rows * columns
+    factors = sum(math.prod(source.shape) * 4 for item in job.deltas for source in item.delta.sources)
+    # base, its float32, the result in float32 and rounded, one product a delta
+    widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize + 4 * len(job.deltas)
+    return factors + block * widths

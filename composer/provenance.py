@@ -1,0 +1,66 @@
+"""composition.json: what went in, what came out, and what was promised.
+
+No times and no machine names: the same recipe over the same inputs gives the same record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from composer.kernels import Survival
+from composer.plan import Plan
+
+__all__ = ["composition_record", "manifest_digest"]
+
+SCHEMA = "composition/1"
+LOW_SURVIVAL = 0.5
+
+
+def manifest_digest(files: dict[str, dict[str, int | str]]) -> str:
+    """One digest for many files: sha256 over the sorted lines ``<sha256>  <name>``, with the prefix ``sha256:``."""
+    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(files.items()))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def composition_record(
+    plan: Plan,
+    files: dict[str, dict[str, int | str]],
+    survival: Survival,
+    inputs: dict[str, Any],
+    exported: dict[str, Any],
+) -> dict[str, Any]:
+    """The record as JSON-ready fields. `inputs` has `base` and a list `adapters`, one entry a term."""
+    adapters = []
+    warnings: list[str] = list(inputs.get("warnings", ()))
+    known = inputs.get("adapters") or [{} for _ in plan.terms]
+    for term, share, norm, entry in zip(plan.terms, survival.shares(), survival.norms(), known, strict=True):
+        adapters.append({"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"),
+                         "survival": share})
+        if term.weight and norm == 0 and not any(i.delta.replaces for job in plan.jobs for i in job.deltas):
+            warnings.append(f"{term.label} changes nothing: its delta is zero")
+        elif share is not None and share < LOW_SURVIVAL:
+            warnings.append(f"only {share:.0%} of {term.label} survives rounding: compose with --dtype fp16 or fp32")
+    record = {
+        "schema": SCHEMA,
+        "tool": {name: _version(name) for name in ("adapter-registry", "torch", "safetensors")},
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe_text": str(plan.recipe),
+        "base": inputs.get("base", {}),
+        "adapters": adapters,
+        "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
+        "warnings": warnings,
+        "export": exported,
+        "outputs": dict(sorted(files.items())),
+        "output_digest": manifest_digest(files),
+    }
+    return json.loads(json.dumps(record))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,164 @@
+"""Writers that end in commit() or cancel(): a result is visible whole or not at all.
+
+    parent/.OUT.<random>.part/     everything is written here
+    parent/OUT                     appears by one rename, after every file and folder is fsynced
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from composer.errors import ConflictError, StorageError
+
+__all__ = ["FolderSink", "HashingWriter", "fsync_folder", "storage_errors"]
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn an OSError of the disk into a StorageError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "free some space or choose another folder",
+            errno.EDQUOT: "free some space or choose another folder",
+            errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+            errno.EROFS: "choose a folder that can be written",
+            errno.EACCES: "choose a folder that can be written",
+            errno.EPERM: "choose a folder that can be written",
+        }
+        raise StorageError(
+            f"{doing} failed: {error.strerror or error}",
+            expected="a disk that takes the bytes",
+            found=errno.errorcode.get(error.errno or 0, str(error.errno)),
+            remedy=remedies.get(error.errno or 0, "check the disk"),
+            path=error.filename,
+        ) from error
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashingWriter:
+    """A file that knows its size and sha256 as it grows, and is fsynced on close."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append all of `data`."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size += len(view)
+        while view:
+            view = view[self._file.write(view) :]
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written so far, 64 hex digits."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+class FolderSink:
+    """A folder that appears at `out` on commit.
+
+    Raises ConflictError when `out` exists and `replace` is false; StorageError when the disk fails.
+    """
+
+    def __init__(self, out: Path, *, replace: bool = False) -> None:
+        if out.exists() and not replace:
+            raise ConflictError(
+                f"{out} already exists",
+                expected="a new folder",
+                found="an existing file or folder",
+                remedy="choose another --out, or give --force to replace it",
+                path=out,
+            )
+        if out.exists() and not (out / "composition.json").is_file():
+            raise ConflictError(
+                f"{out} is not a composed model: it is not replaced",
+                expected="a folder with composition.json",
+                found="something else",
+                remedy="choose another --out",
+                path=out,
+            )
+        self.out = out
+        self.files: dict[str, dict[str, int | str]] = {}
+        with storage_errors(f"creating a folder beside {out}"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[HashingWriter]:
+        """Write one file."""
+        with storage_errors(f"writing {name}"), HashingWriter(self.folder / name) as writer:
+            yield writer
+        self.files[name] = {"sha256": writer.sha256, "size": writer.size}
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one small file whole."""
+        with self.open(name) as writer:
+            writer.write(data)
+
+    def adopt(self, name: str) -> None:
+        """Take a file that something else wrote into `folder` into the manifest."""
+        from composer.files import sha256_file
+
+        with storage_errors(f"reading {name}"):
+            path = self.folder / name
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            self.files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+
+    def commit(self) -> None:
+        """Make the folder durable and visible."""
+        with storage_errors(f"publishing {self.out}"):
+            self.folder.chmod(0o755)
+            fsync_folder(self.folder)
+            if self.out.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".old", dir=self.out.parent))
+                os.rename(self.out, old / "replaced")
+                os.rename(self.folder, self.out)
+                fsync_folder(self.out.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(self.folder, self.out)
+                fsync_folder(self.out.parent)
+
+    def cancel(self) -> None:
+        """Remove all that was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.folder.exists():
+            self.cancel()
