@@ -1,0 +1,1 @@
+"""Alembic migrations of the catalogue; registry.db.migrate runs them."""

@@ -1,0 +1,40 @@
+"""Alembic's entry: runs over the engine that registry.db hands in, or over REGISTRY_DATABASE_URL from the shell."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from alembic import context
+
+from registry.db import create_database_engine
+from registry.models import Key, Model, UtcDateTime
+
+
+def render_item(kind: str, item: Any, autogen_context: Any) -> str | bool:
+    """Write our own types as the plain ones they store."""
+    if kind == "type" and isinstance(item, UtcDateTime):
+        return "sa.DateTime(timezone=True)"
+    if kind == "type" and item is Key:
+        return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
+    return False
+
+
+def run() -> None:
+    """Migrate in one transaction."""
+    engine = context.config.attributes.get("engine") or create_database_engine(os.environ["REGISTRY_DATABASE_URL"])
+    with engine.connect().execution_options(writes=True) as connection:
+        context.configure(
+            connection=connection,
+            target_metadata=Model.metadata,
+            render_as_batch=connection.dialect.name == "sqlite",
+            compare_type=True,
+            render_item=render_item,
+            transaction_per_migration=False,
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+        connection.commit()
+
+
+run()

@@ -1,0 +1,103 @@
+"""Engine, sessions and migrations.
+
+SQLite by default (WAL, foreign keys on, a busy timeout, transactions that take the write lock at once when they will
+write); PostgreSQL by URL. The schema is only ever made by alembic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from composer.errors import StorageError
+
+__all__ = ["MIGRATIONS", "create_database_engine", "current_revision", "head_revision", "migrate", "session_scope"]
+
+MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+BUSY_TIMEOUT_S = 30
+
+
+def create_database_engine(url: str) -> Engine:
+    """An engine for ``sqlite:///…`` or ``postgresql+psycopg://…``."""
+    parsed = make_url(url)
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_pre_ping=True)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy, not the driver, says when a transaction begins
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        immediate = connection.get_execution_options().get("writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+    return engine
+
+
+@contextmanager
+def session_scope(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
+    """One transaction: committed at the end, rolled back on any exception."""
+    options = {"writes": True} if writes else {}
+    try:
+        with Session(engine.execution_options(**options), expire_on_commit=False) as session, session.begin():
+            yield session
+    except OperationalError as error:
+        raise StorageError(
+            f"the database failed: {error.orig}",
+            expected="a database that answers",
+            found=str(error.orig),
+            remedy="see 'registry doctor'; check that the disk is not full and the file can be written",
+        ) from error
+
+
+def _alembic_config(engine: Engine) -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["engine"] = engine
+    return config
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the schema to the newest revision; nothing happens where it is."""
+    if current_revision(engine) == head_revision(engine):
+        return
+    from alembic import command
+
+    command.upgrade(_alembic_config(engine), "head")
+
+
+def head_revision(engine: Engine) -> str:
+    """The newest revision that this version of the code knows."""
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_alembic_config(engine)).get_current_head() or ""
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The revision of the database, None when it is empty."""
+    from alembic.runtime.migration import MigrationContext
+
+    try:
+        with engine.connect() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+    except OperationalError as error:
+        raise StorageError(
+            f"the database cannot be opened: {error.orig}",
+            expected="a readable database",
+            found=str(error.orig),
+            remedy="check REGISTRY_HOME and REGISTRY_DATABASE_URL",
+        ) from error

@@ -1,0 +1,77 @@
+"""Failures that only a catalogue can have; the tree's root and the rest are in composer/errors.py.
+
+    NotFoundError
+    ├── BaseNotFoundError          no base of that name or fingerprint
+    ├── AdapterNotFoundError       no adapter of that name
+    ├── VersionNotFoundError       the adapter has no such version, alias or digest
+    └── JobNotFoundError
+    ConflictError
+    ├── VersionTakenError          other bytes hold that version
+    └── NameTakenError             another base holds that name
+    IntegrityError
+    ├── BaseChangedError           a base's files are no longer what was fingerprinted
+    └── BlobCorruptError           a stored file no longer has its digest
+"""
+
+from __future__ import annotations
+
+from composer.errors import ConflictError, IntegrityError, NotFoundError
+
+__all__ = [
+    "AdapterNotFoundError",
+    "BaseChangedError",
+    "BaseNotFoundError",
+    "BlobCorruptError",
+    "JobNotFoundError",
+    "NameTakenError",
+    "VersionNotFoundError",
+    "VersionTakenError",
+]
+
+
+class BaseNotFoundError(NotFoundError):
+    """No base of that name or fingerprint."""
+
+    code = "base-not-found"
+
+
+class AdapterNotFoundError(NotFoundError):
+    """No adapter of that name."""
+
+    code = "adapter-not-found"
+
+
+class VersionNotFoundError(NotFoundError):
+    """The adapter has no such version, alias or digest."""
+
+    code = "version-not-found"
+
+
+class JobNotFoundError(NotFoundError):
+    """No job of that id."""
+
+    code = "job-not-found"
+
+
+class VersionTakenError(ConflictError):
+    """Other bytes hold that version."""
+
+    code = "version-taken"
+
+
+class NameTakenError(ConflictError):
+    """Another base holds that name."""
+
+    code = "name-taken"
+
+
+class BaseChangedError(IntegrityError):
+    """A base's files are no longer what was fingerprinted."""
+
+    code = "base-changed"
+
+
+class BlobCorruptError(IntegrityError):
+    """A stored file no longer has its digest."""
+
+    code = "blob-corrupt"

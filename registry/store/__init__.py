@@ -1,0 +1,1 @@
+"""Content-addressed blobs; layout.py draws the disk."""
