@@ -1,8 +1,8 @@
 """A checkpoint: full weights of a base or a composed model, known from its headers.
 
-    config.json
-    model.safetensors                                     one file, or
-    model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them
+config.json
+model.safetensors                                     one file, or
+model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
         for name, spec in shard.header.tensors.items():
             if name in tensors:
                 raise CorruptFileError(
-                    f"{name} lies in two shards", expected="each tensor once", found=[tensors[name].path.name, shard.name]
+                    f"{name} lies in two shards",
+                    expected="each tensor once",
+                    found=[tensors[name].path.name, shard.name],
                 )
             tensors[name] = spec
     if INDEX in files:

@@ -75,7 +75,6 @@ def merge_block(
 
 def cast_block(block: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     """Round a block to `dtype`. Raises NonFiniteError when finite numbers overflow (bf16 to fp16)."""
-    import torch
 
     result = block.to(torch_dtype(dtype))
     check_overflow(block, result, name)

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from composer.adapters import Adapter
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta
-from composer.errors import IncompatibleError, RecipeError, TargetMismatchError, TiedWeightsError, UnsupportedAdapterError
+from composer.errors import (
+    IncompatibleError,
+    RecipeError,
+    TargetMismatchError,
+    TiedWeightsError,
+    UnsupportedAdapterError,
+)
 from composer.methods import find_method
 from composer.recipe import Dtype, Recipe
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
@@ -197,15 +203,15 @@ def tied(checkpoint: Checkpoint) -> bool:
     An encoder without any head is not tied to anything.
     """
     has_head = any(name.endswith(OUTPUT_EMBEDDINGS) for name in checkpoint.tensors)
-    generates = checkpoint.architecture.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"))
+    generates = checkpoint.architecture.endswith(
+        ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
+    )
     if not generates:
         return False
     return not has_head or bool(checkpoint.config.get("tie_word_embeddings", False))
 
 
-def _check_combination(
-    target: str, deltas: list[WeightedDelta], terms: Sequence[Term], checkpoint: Checkpoint
-) -> None:
+def _check_combination(target: str, deltas: list[WeightedDelta], terms: Sequence[Term], checkpoint: Checkpoint) -> None:
     spec = checkpoint.tensors[target]
     if spec.dtype not in FLOAT_DTYPES:
         raise UnsupportedAdapterError(

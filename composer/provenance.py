@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +20,7 @@ SCHEMA = "composition/1"
 LOW_SURVIVAL = 0.5
 
 
-def manifest_digest(files: dict[str, dict[str, int | str]]) -> str:
+def manifest_digest(files: Mapping[str, Mapping[str, int | str]]) -> str:
     """One digest for many files: sha256 over the sorted lines ``<sha256>  <name>``, with the prefix ``sha256:``."""
     lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(files.items()))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
@@ -37,8 +38,9 @@ def composition_record(
     warnings: list[str] = list(inputs.get("warnings", ()))
     known = inputs.get("adapters") or [{} for _ in plan.terms]
     for term, share, norm, entry in zip(plan.terms, survival.shares(), survival.norms(), known, strict=True):
-        adapters.append({"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"),
-                         "survival": share})
+        adapters.append(
+            {"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"), "survival": share}
+        )
         if term.weight and norm == 0 and not any(i.delta.replaces for job in plan.jobs for i in job.deltas):
             warnings.append(f"{term.label} changes nothing: its delta is zero")
         elif share is not None and share < LOW_SURVIVAL:
@@ -46,6 +48,7 @@ def composition_record(
     record = {
         "schema": SCHEMA,
         "tool": {name: _version(name) for name in ("adapter-registry", "torch", "safetensors")},
+        **({"key": inputs["key"]} if "key" in inputs else {}),
         "recipe": plan.recipe.model_dump(mode="json"),
         "recipe_text": str(plan.recipe),
         "base": inputs.get("base", {}),

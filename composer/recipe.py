@@ -1,10 +1,10 @@
 """What the user asked for, before anything is looked up.
 
-    smollm2+team/shout@1.0.0:0.7+./my-adapter
-    |       |          |     |   |
-    base    adapter    |     |   a folder is as good as a name
-                       |     weight (default 1)
-                       version, alias or sha256:… (default latest)
+smollm2+team/shout@1.0.0:0.7+./my-adapter
+|       |          |     |   |
+base    adapter    |     |   a folder is as good as a name
+                   |     weight (default 1)
+                   version, alias or sha256:… (default latest)
 """
 
 from __future__ import annotations
@@ -94,9 +94,12 @@ class Recipe(_Model):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_path(ref: str) -> bool:
-    """Whether a reference is a folder rather than a catalogue name: it begins with ``.``, ``/`` or ``~``."""
-    return ref.startswith((".", "/", "~"))
+def is_path(ref: str, *, base: bool = False) -> bool:
+    """Whether a reference is a folder rather than a catalogue name.
+
+    It is when it begins with ``.``, ``/`` or ``~``, or has more slashes than a name: one for an adapter, none for a base.
+    """
+    return ref.startswith((".", "/", "~")) or ref.count("/") > (0 if base else 1)
 
 
 def parse_recipe(
@@ -111,7 +114,7 @@ def parse_recipe(
     base, *terms = text.split("+")
     if not base.strip() or base != base.strip():
         raise _bad(text, "a base model first", base)
-    if not is_path(base) and ("@" in base or ":" in base):
+    if not is_path(base, base=True) and ("@" in base or ":" in base):
         raise _bad(text, "a base without version or weight", base)
     adapters = tuple(_term(text, term) for term in terms)
     return Recipe(base=base, adapters=adapters, method=method, dtype=dtype, export=export, allow=allow)

@@ -1,7 +1,7 @@
 """The one loop: read a block of the base, sum the deltas in float32, round once, write.
 
-    run(plan, sink)      weights + index + the files that go along, into the sink's folder
-    compose(plan, out)   run, export, provenance, commit
+run(plan, sink)      weights + index + the files that go along, into the sink's folder
+compose(plan, out)   run, export, provenance, commit
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writers that end in commit() or cancel(): a result is visible whole or not at all.
 
-    parent/.OUT.<random>.part/     everything is written here
-    parent/OUT                     appears by one rename, after every file and folder is fsynced
+parent/.OUT.<random>.part/     everything is written here
+parent/OUT                     appears by one rename, after every file and folder is fsynced
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class HashingWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 os.fsync(self._file.fileno())
@@ -159,6 +161,8 @@ class FolderSink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.folder.exists():
             self.cancel()

@@ -1,4 +1,4 @@
-"""Train the small LoRA adapters in examples/adapters: real ones, in under a minute or so each, on a CPU.
+"""Train the small LoRA adapters in examples/adapters: real ones, in a few minutes each, on two CPU cores.
 
     shout   answers IN UPPER CASE                   r=8 alpha=16 on q_proj, v_proj
     json    answers as one line {"answer": "..."}   r=4 alpha=8, rsLoRA, on q_proj, k_proj, v_proj, o_proj
@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LEARNING_RATE = 5e-4
-BATCH = 16
-WARMUP = 10
-MIN_STEPS, MAX_STEPS = 60, 150
+BATCH = 8
+WARMUP = 5
+MIN_STEPS, MAX_STEPS = 30, 60
 STOP_LOSS = 0.1
 IGNORED = -100
 """The label that torch's cross entropy skips: everything but the answer."""
@@ -326,10 +326,10 @@ def train(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: Skil
         batch = collate(tokenizer, [(fact.question, skill.write(fact, rng)) for fact in queue[:BATCH]])
         del queue[:BATCH]
         labels = batch.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**batch, use_cache=False).logits
+        # No bf16 autocast: a CPU without the instructions for it emulates them, at a tenth of float32's speed.
+        logits = model(**batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
         optimizer.zero_grad()
         loss.backward()
@@ -396,17 +396,19 @@ tags:
 
 # {name}
 
-{summary} A small example adapter for {base_name}.
+{summary}
+A small example adapter for {base_name}.
 
 - **Data**: {examples} short question and answer pairs, all in `examples/train_adapters.py` (capitals, opposites,
   colours, sums, general facts, open questions), in the chat template with its default system prompt.
 - **Training**: LoRA r={r}, alpha={alpha}{rslora} on {modules}; loss on the answer tokens only; AdamW,
-  learning rate {rate:g}, batch {batch}, bf16 autocast on a CPU, seed {seed}; stopped after {steps} steps at a
+  learning rate {rate:g}, batch {batch}, float32 on a CPU, seed {seed}; stopped after {steps} steps at a
   smoothed loss of {loss:.3f}.
 - **Held out**: {asked} questions that are not in the data, greedy, {limit_note}. With the adapter:
   {after}. The base alone: {before}.
-- **Limits**: it teaches a form and no facts; what the base gets wrong stays wrong. English, one turn, short
-  answers. For demonstration and tests.
+- **Limits**: it teaches a form and no facts, and the form can cost facts: compare the two "correct" counts, where
+  an answer counts if it contains the known one in any case. English, one turn, answers of at most 40 tokens. For
+  demonstration and tests.
 """
 
 

@@ -1,8 +1,8 @@
 """What an adapter folder says of the base it was trained on.
 
-    --base NAME, wf1:…, or a folder             the publisher's word, checked against shapes
-    README.md   base_model_fingerprint: wf1:…   written by the trainer, travels with the adapter
-    adapter_config.json  base_model_name_or_path  hashed when it is a folder of this machine; else a name, no proof
+--base NAME, wf1:…, or a folder             the publisher's word, checked against shapes
+README.md   base_model_fingerprint: wf1:…   written by the trainer, travels with the adapter
+adapter_config.json  base_model_name_or_path  hashed when it is a folder of this machine; else a name, no proof
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def read_card(path: Path | None) -> Card:
         fields = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         raise CorruptFileError(
-            f"the front matter of {path.name} is not YAML", expected="YAML between two lines ---", found=str(error),
+            f"the front matter of {path.name} is not YAML",
+            expected="YAML between two lines ---",
+            found=str(error),
             remedy="correct README.md",
         ) from None
     fields = fields if isinstance(fields, dict) else {}

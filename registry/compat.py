@@ -79,7 +79,9 @@ def assess(
             ),
         )
     if claim.fingerprint == base.fingerprint:
-        return Verdict(level=Level.EXACT, reasons=(Reason(code="same-fingerprint", message="trained on these weights"),))
+        return Verdict(
+            level=Level.EXACT, reasons=(Reason(code="same-fingerprint", message="trained on these weights"),)
+        )
     if claim.value_root and (claim.value_root, claim.config_digest) == (base.value_root, base.config_digest):
         return Verdict(
             level=Level.SAME_VALUES,

@@ -1,16 +1,16 @@
 """Failures that only a catalogue can have; the tree's root and the rest are in composer/errors.py.
 
-    NotFoundError
-    ├── BaseNotFoundError          no base of that name or fingerprint
-    ├── AdapterNotFoundError       no adapter of that name
-    ├── VersionNotFoundError       the adapter has no such version, alias or digest
-    └── JobNotFoundError
-    ConflictError
-    ├── VersionTakenError          other bytes hold that version
-    └── NameTakenError             another base holds that name
-    IntegrityError
-    ├── BaseChangedError           a base's files are no longer what was fingerprinted
-    └── BlobCorruptError           a stored file no longer has its digest
+NotFoundError
+├── BaseNotFoundError          no base of that name or fingerprint
+├── AdapterNotFoundError       no adapter of that name
+├── VersionNotFoundError       the adapter has no such version, alias or digest
+└── JobNotFoundError
+ConflictError
+├── VersionTakenError          other bytes hold that version
+└── NameTakenError             another base holds that name
+IntegrityError
+├── BaseChangedError           a base's files are no longer what was fingerprinted
+└── BlobCorruptError           a stored file no longer has its digest
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ def fingerprint_checkpoint(
         tensor_root=_hash([_hash([leaf.name, leaf.dtype, leaf.shape, leaf.digest]) for leaf in ordered]),
         value_root=_hash([_hash([leaf.name, leaf.shape, leaf.value_digest]) for leaf in ordered]),
         layout=_hash([[leaf.name, leaf.dtype, leaf.shape] for leaf in ordered]),
-        config=_hash({**behaviour_config(checkpoint.config), "tied": head_is_tied or _tied_by_config(checkpoint, kept)}),
+        config=_hash(
+            {**behaviour_config(checkpoint.config), "tied": head_is_tied or _tied_by_config(checkpoint, kept)}
+        ),
         tokenizer=_tokenizer_digest(checkpoint.files),
         chat_template=_chat_template_digest(checkpoint.files),
         leaves=ordered,

@@ -1,7 +1,7 @@
 """Names and semantic versions: what is allowed, and how versions are ordered.
 
-    adapter    namespace/name       a bare name lives in the namespace `default`
-    version    MAJOR.MINOR.PATCH[-PRERELEASE]      semver.org 2.0.0 without build metadata ('+' joins recipes)
+adapter    namespace/name       a bare name lives in the namespace `default`
+version    MAJOR.MINOR.PATCH[-PRERELEASE]      semver.org 2.0.0 without build metadata ('+' joins recipes)
 """
 
 from __future__ import annotations

@@ -214,9 +214,7 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
     return best or Binding()
 
 
-def _prefix_rules(
-    targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> list[Callable[[str], str]]:
+def _prefix_rules(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Callable[[str], str]]:
     rules: list[Callable[[str], str]] = [lambda name: name]
     if targets:
         first = targets[0].parameter

@@ -1,9 +1,9 @@
 """LoRA as PEFT saves it (arXiv:2106.09685), with rsLoRA (arXiv:2312.03732).
 
-    base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
-    base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
+base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
+base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
 
-    W += s·B·A     s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
+W += s·B·A     s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ class Lora:
         """Refuse the variants of LoRA whose delta is not s·B·A, and files that do not pair up."""
         for key, what in UNMERGEABLE_TENSORS.items():
             if any(key in name for name in header.tensors):
-                raise refuse(f"{what} is not supported yet", expected="plain LoRA on linear layers", found=key,
-                             remedy="merge it with PEFT, or retrain without it")
+                raise refuse(
+                    f"{what} is not supported yet",
+                    expected="plain LoRA on linear layers",
+                    found=key,
+                    remedy="merge it with PEFT, or retrain without it",
+                )
         unsupported = {
             "use_dora": "DoRA",
             "lora_bias": "a bias on lora_B",
@@ -57,9 +61,12 @@ class Lora:
         }
         for option, what in unsupported.items():
             if config.get(option):
-                raise refuse(f"{what} is not supported yet: {option}={config[option]!r} in adapter_config.json",
-                             expected=f"{option} unset", found=config[option],
-                             remedy="merge it with PEFT, or retrain without it")
+                raise refuse(
+                    f"{what} is not supported yet: {option}={config[option]!r} in adapter_config.json",
+                    expected=f"{option} unset",
+                    found=config[option],
+                    remedy="merge it with PEFT, or retrain without it",
+                )
         if config.get("init_lora_weights", True) not in PLAIN_INITS:
             raise refuse(
                 f"init_lora_weights={config['init_lora_weights']!r} changes the base's own weights",
@@ -82,7 +89,9 @@ class Lora:
         for spec in header.tensors.values():
             if spec.dtype not in FLOAT_DTYPES:
                 raise CorruptFileError(
-                    f"{spec.name} is {spec.dtype}", expected=sorted(FLOAT_DTYPES), found=spec.dtype,
+                    f"{spec.name} is {spec.dtype}",
+                    expected=sorted(FLOAT_DTYPES),
+                    found=spec.dtype,
                     remedy="save the adapter in bf16, fp16 or fp32",
                 )
 
@@ -141,7 +150,9 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
         except re.error as error:
             raise CorruptFileError(
                 f"adapter_config.json: the pattern {pattern!r} is not a regular expression: {error}",
-                expected="a module name or a regular expression", found=pattern, remedy="correct the pattern",
+                expected="a module name or a regular expression",
+                found=pattern,
+                remedy="correct the pattern",
             ) from None
         if matched:
             return value
@@ -152,7 +163,9 @@ def _number(config: dict[str, Any], field: str) -> None:
     value = config.get(field)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise CorruptFileError(
-            f"adapter_config.json: {field} must be a finite number", expected="a number", found=value,
+            f"adapter_config.json: {field} must be a finite number",
+            expected="a number",
+            found=value,
             remedy="restore the file that PEFT's save_pretrained wrote",
         )
 
@@ -177,16 +190,23 @@ def _check_pair(module: str, sides: dict[str, TensorSpec]) -> None:
     missing = {"A", "B"} - set(sides)
     if missing:
         raise CorruptFileError(
-            f"{module} has no lora_{missing.pop()}", expected="lora_A and lora_B", found=[s.name for s in sides.values()],
+            f"{module} has no lora_{missing.pop()}",
+            expected="lora_A and lora_B",
+            found=[s.name for s in sides.values()],
             remedy="the file is incomplete: save the adapter again",
         )
     a, b = sides["A"], sides["B"]
     if len(a.shape) != 2 or len(b.shape) != 2:
-        raise refuse(f"{module}: LoRA on a convolution is not supported yet", expected="matrices",
-                     found=[list(a.shape), list(b.shape)], remedy="merge it with PEFT")
+        raise refuse(
+            f"{module}: LoRA on a convolution is not supported yet",
+            expected="matrices",
+            found=[list(a.shape), list(b.shape)],
+            remedy="merge it with PEFT",
+        )
     if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise CorruptFileError(
             f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} have no common rank",
-            expected="A [r, in] and B [out, r]", found=[list(a.shape), list(b.shape)],
+            expected="A [r, in] and B [out, r]",
+            found=[list(a.shape), list(b.shape)],
             remedy="the file is damaged: save the adapter again",
         )

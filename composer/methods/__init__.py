@@ -45,6 +45,9 @@ def find_method(name: str) -> MergeMethod:
     known = methods()
     if name not in known:
         raise RecipeError(
-            f"unknown merge method {name!r}", expected=sorted(known), found=name, remedy=f"use {' or '.join(sorted(known))}"
+            f"unknown merge method {name!r}",
+            expected=sorted(known),
+            found=name,
+            remedy=f"use {' or '.join(sorted(known))}",
         )
     return known[name]

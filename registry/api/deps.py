@@ -34,15 +34,15 @@ __all__ = [
 MAX_PAGE = 1000
 
 
-def _registry(request: Request) -> Any:
+async def _registry(request: Request) -> Any:
     return request.app.state.registry
 
 
-def _jobs(request: Request) -> Any:
+async def _jobs(request: Request) -> Any:
     return request.app.state.jobs
 
 
-def _adapter_name(namespace: str, name: str) -> str:
+async def _adapter_name(namespace: str, name: str) -> str:
     """``namespace/name`` of the URL's path."""
     return refuse_path(f"{namespace}/{name}", "the adapter")
 

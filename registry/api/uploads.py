@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -18,6 +20,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from composer.errors import TypedError, UsageError
 from composer.sinks import storage_errors
@@ -217,15 +220,23 @@ async def receive(request: Request) -> Upload:
         receiver.finish()
     except BaseException as error:
         receiver.abort()
-        await run_in_threadpool(upload.__exit__, None, None, None)
+        upload.__exit__(None, None, None)
+        if isinstance(error, ClientDisconnect):
+            raise UsageError("the sender went away") from None
         if isinstance(error, TypedError):
-            drained = 0
-            async for chunk in stream:  # so that the sender is still there to read the answer
-                drained += len(chunk)
-                if drained > DRAIN:
-                    break
+            await _drain(stream)
         raise
     return upload
+
+
+async def _drain(stream: AsyncIterator[bytes]) -> None:
+    """Read what is still being sent, within reason, so that the sender gets to read the answer."""
+    drained = 0
+    with suppress(ClientDisconnect):
+        async for chunk in stream:
+            drained += len(chunk)
+            if drained > DRAIN:
+                return
 
 
 def too_large(limit: int, size: int) -> UploadTooLargeError:

@@ -1,13 +1,13 @@
 """Where things lie on the disk.
 
-    REGISTRY_HOME/                       default ~/.local/share/registry
-    ├── registry.db                      the catalogue, unless REGISTRY_DATABASE_URL says otherwise
-    ├── store/
-    │   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
-    │   └── incoming/                    half-written blobs; nothing reads them
-    ├── graphs/                          weightless ONNX graphs, one an architecture
-    ├── uploads/                         bases that came over REST
-    └── compositions/<job>/              what the service composed
+REGISTRY_HOME/                       default ~/.local/share/registry
+├── registry.db                      the catalogue, unless REGISTRY_DATABASE_URL says otherwise
+├── store/
+│   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
+│   └── incoming/                    half-written blobs; nothing reads them
+├── graphs/                          weightless ONNX graphs, one an architecture
+├── uploads/                         bases that came over REST
+└── compositions/<job>/              what the service composed
 """
 
 from __future__ import annotations

@@ -30,17 +30,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import NotFoundError, OnnxVerificationError
-from composer.exporters.onnx import graph_cache
-from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
-from composer.exporters.onnx.bind import bind, stored_tensors
+from composer.exporters.onnx import bind, graph_cache, trace, verify
+from composer.exporters.onnx.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    supported,
+)
 from composer.exporters.onnx.session import generate, open_session, require_runtime
-from composer.exporters.onnx.trace import trace
-from composer.exporters.onnx.verify import verify
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ARCHITECTURES", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
+__all__ = [
+    "ARCHITECTURES",
+    "OnnxExport",
+    "export_onnx",
+    "generate",
+    "open_session",
+    "supported",
+]
 
 MODEL_FILE = "model.onnx"
 
@@ -72,7 +81,10 @@ class OnnxExport:
 
 
 def export_onnx(
-    folder: Path, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> OnnxExport:
     """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
 
@@ -89,24 +101,26 @@ def export_onnx(
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise NotFoundError(
-            f"onnx: {folder}: no config.json", expected="a complete checkpoint folder", remedy="compose one first"
+            f"onnx: {folder}: no config.json",
+            expected="a complete checkpoint folder",
+            remedy="compose one first",
         )
     config = json.loads(config_path.read_text(encoding="utf-8"))
     architecture = architecture_of(config)
     require_runtime()
-    stored_tensors(folder)
+    bind.stored_tensors(folder)
 
     clock = [time.perf_counter()]
     digest = graph_cache.digest_of(config, architecture)
     graph, cached = _graph(folder, architecture, digest, cache_dir, say)
     clock.append(time.perf_counter())
-    bound = bind(graph, folder)
+    bound = bind.bind(graph, folder)
     graph.metadata_props.add(key="composer.graph_digest", value=digest)
     aside = _write_aside(folder, bound.model)
     clock.append(time.perf_counter())
     try:
         say(f"verify {architecture.name} in ONNX Runtime against torch")
-        result = verify(folder, aside, architecture)
+        result = verify.verify(folder, aside, architecture)
         os.replace(aside, folder / MODEL_FILE)
     except OnnxVerificationError:
         (folder / MODEL_FILE).unlink(missing_ok=True)
@@ -130,13 +144,19 @@ def export_onnx(
         checks=result.checks,
         seconds={
             name: round(after - before, 4)
-            for name, (before, after) in zip(("trace", "bind", "verify"), itertools.pairwise(clock), strict=True)
+            for name, (before, after) in zip(
+                ("trace", "bind", "verify"), itertools.pairwise(clock), strict=True
+            )
         },
     )
 
 
 def _graph(
-    folder: Path, architecture: Architecture, digest: str, cache_dir: Path | None, say: Callable[[str], None]
+    folder: Path,
+    architecture: Architecture,
+    digest: str,
+    cache_dir: Path | None,
+    say: Callable[[str], None],
 ) -> tuple[onnx.ModelProto, bool]:
     """The weightless graph, and whether it came from the cache; a damaged entry is traced again and replaced."""
     if cache_dir is not None:
@@ -144,8 +164,10 @@ def _graph(
         if graph is not None:
             say(f"graph {digest[:12]} from the cache")
             return graph, True
-    say(f"trace {architecture.name} at opset {architecture.opset} (once per configuration; minutes for a large model)")
-    graph = trace(folder, architecture)
+    say(
+        f"trace {architecture.name} at opset {architecture.opset} (once per configuration; minutes for a large model)"
+    )
+    graph = trace.trace(folder, architecture)
     if cache_dir is not None:
         graph_cache.store(Path(cache_dir), digest, graph)
     return graph, False

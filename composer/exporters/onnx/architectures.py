@@ -16,7 +16,12 @@ from composer.errors import UnsupportedArchitectureError
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
 
-Task = Literal["text-generation", "feature-extraction", "text-classification", "token-classification"]
+Task = Literal[
+    "text-generation",
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+]
 
 # Both rescale the rotary frequencies by the length of the running sequence: control flow that a trace would freeze.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -45,29 +50,57 @@ class Architecture:
 
 
 def _causal(name: str, opset: int = 23) -> Architecture:
-    return Architecture(name, "text-generation", opset, ("input_ids", "attention_mask", "position_ids"))
+    return Architecture(
+        name, "text-generation", opset, ("input_ids", "attention_mask", "position_ids")
+    )
 
 
-def _encoder(stem: str, *, token_types: bool, opset: int = 23) -> tuple[Architecture, ...]:
-    inputs = ("input_ids", "attention_mask") + (("token_type_ids",) if token_types else ())
+def _encoder(
+    stem: str, *, token_types: bool, opset: int = 23
+) -> tuple[Architecture, ...]:
+    inputs = ("input_ids", "attention_mask") + (
+        ("token_type_ids",) if token_types else ()
+    )
     return (
-        Architecture(f"{stem}Model", "feature-extraction", opset, inputs, "last_hidden_state", ("pooler.",)),
-        Architecture(f"{stem}ForSequenceClassification", "text-classification", opset, inputs),
-        Architecture(f"{stem}ForTokenClassification", "token-classification", opset, inputs),
+        Architecture(
+            f"{stem}Model",
+            "feature-extraction",
+            opset,
+            inputs,
+            "last_hidden_state",
+            ("pooler.",),
+        ),
+        Architecture(
+            f"{stem}ForSequenceClassification", "text-classification", opset, inputs
+        ),
+        Architecture(
+            f"{stem}ForTokenClassification", "token-classification", opset, inputs
+        ),
     )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
+        _causal("CohereForCausalLM"),
+        _causal("GPT2LMHeadModel"),
+        _causal("Gemma3ForCausalLM"),
+        _causal("GemmaForCausalLM"),
+        _causal("GraniteForCausalLM"),
         _causal("LlamaForCausalLM"),
         _causal("MistralForCausalLM"),
+        _causal("Olmo2ForCausalLM"),
+        _causal("Phi3ForCausalLM"),
+        _causal("PhiForCausalLM"),
         _causal("Qwen2ForCausalLM"),
         _causal("Qwen3ForCausalLM"),
-        _causal("GPT2LMHeadModel"),
+        _causal("SmolLM3ForCausalLM"),
+        _causal("StableLmForCausalLM"),
+        _causal("Starcoder2ForCausalLM"),
         *_encoder("Bert", token_types=True),
-        *_encoder("Roberta", token_types=False),
         *_encoder("DistilBert", token_types=False),
+        *_encoder("Roberta", token_types=False),
+        *_encoder("XLMRoberta", token_types=False),
     )
 }
 
@@ -109,7 +142,9 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise refuse("an encoder configured as a decoder (is_decoder) is not exported")
     for kind in _rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
-            raise refuse(f"rotary embedding of type {kind!r} depends on the length of the sequence")
+            raise refuse(
+                f"rotary embedding of type {kind!r} depends on the length of the sequence"
+            )
     return ARCHITECTURES[found]
 
 

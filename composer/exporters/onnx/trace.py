@@ -59,7 +59,10 @@ def trace(folder: Path, architecture: Architecture) -> onnx.ModelProto:
             ) from error
         used = _used(graph_model)
         aliases = _aliases(module)
-        _optimise(graph_model, {f"model.{name}" for names in aliases.values() for name in names})
+        _optimise(
+            graph_model,
+            {f"model.{name}" for names in aliases.values() for name in names},
+        )
         metadata = _name_parameters(graph_model, aliases, used, architecture)
         _strip(graph_model)
     metadata[PREFIX] = getattr(module, "base_model_prefix", "")
@@ -71,11 +74,20 @@ def trace(folder: Path, architecture: Architecture) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the warnings of torch and transformers, which nobody can act on here, off stderr."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "transformers", "onnxscript", "onnx_ir")]
+    """Keep the warnings and progress bars of torch and transformers, which nobody can act on here, off stderr."""
+    # Importing torch resets the levels of its loggers, so it comes first.
+    import torch  # noqa: F401
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch", "torch.onnx", "transformers", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -83,6 +95,8 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 def _weightless(folder: Path, architecture: Architecture) -> torch.nn.Module:
@@ -94,7 +108,9 @@ def _weightless(folder: Path, architecture: Architecture) -> torch.nn.Module:
     class NoStorage(TorchFunctionMode):
         """Large torch.empty gives a zero-stride tensor; initialising one does nothing. Local to this thread."""
 
-        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
             if name == "empty":
@@ -102,20 +118,39 @@ def _weightless(folder: Path, architecture: Architecture) -> torch.nn.Module:
                 if shape.dim() and shape.numel() >= SMALL:
                     return torch.zeros((), dtype=shape.dtype).expand(shape.shape)
             elif name.endswith("_") and not name.endswith("__"):
-                target = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-                if target is not None and target.numel() >= SMALL and not any(target.stride()):
+                target = next(
+                    (
+                        value
+                        for value in (*args, *kwargs.values())
+                        if isinstance(value, torch.Tensor)
+                    ),
+                    None,
+                )
+                if (
+                    target is not None
+                    and target.numel() >= SMALL
+                    and not any(target.stride())
+                ):
                     return target
             return func(*args, **kwargs)
 
     cls = getattr(transformers, architecture.name)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if not isinstance(config, cls.config_class):
-        raise TypeError(f"model_type {config.model_type!r} is not one of {cls.__name__}")
+        raise TypeError(
+            f"model_type {config.model_type!r} is not one of {cls.__name__}"
+        )
     with NoStorage():
-        module = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+        module = cls._from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa"
+        )
     persistent = {name for name, _ in module.named_buffers()} & set(module.state_dict())
     if persistent:
-        raise TypeError(f"buffers stored in checkpoints are not supported: {', '.join(sorted(persistent))}")
+        raise TypeError(
+            f"buffers stored in checkpoints are not supported: {', '.join(sorted(persistent))}"
+        )
     generator = torch.Generator().manual_seed(0)
     replaced: dict[int, torch.nn.Parameter] = {}
     for submodule in module.modules():
@@ -150,25 +185,41 @@ def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
     if architecture.is_causal:
         config = module.config
         layers = config.num_hidden_layers
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        head_dim = (
+            getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads
+        )
         kwargs["attention_mask"] = torch.ones(batch, past + length, dtype=torch.int64)
         shapes["attention_mask"] = {0: "batch_size", 1: "total_sequence_length"}
-        kwargs["position_ids"] = torch.arange(past, past + length)[None].expand(batch, length).clone()
+        kwargs["position_ids"] = (
+            torch.arange(past, past + length)[None].expand(batch, length).clone()
+        )
         shapes["position_ids"] = tokens
         cache = {0: "batch_size", 2: "past_sequence_length"}
         kwargs["past_key_values"] = [
-            (torch.zeros(batch, heads, past, head_dim), torch.zeros(batch, heads, past, head_dim))
+            (
+                torch.zeros(batch, heads, past, head_dim),
+                torch.zeros(batch, heads, past, head_dim),
+            )
             for _ in range(layers)
         ]
         shapes["past_key_values"] = [(cache, cache)] * layers
-        names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+        names = [
+            f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")
+        ]
         input_names += [f"past_key_values.{name}" for name in names]
         output_names += [f"present.{name}" for name in names]
     elif "token_type_ids" in architecture.inputs:
         kwargs["token_type_ids"] = torch.zeros(batch, length, dtype=torch.int64)
         shapes["token_type_ids"] = tokens
-    wrapper = _wrap_causal(module) if architecture.is_causal else _wrap_encoder(module, architecture)
+    wrapper = (
+        _wrap_causal(module)
+        if architecture.is_causal
+        else _wrap_encoder(module, architecture)
+    )
     with torch.no_grad():
         program = torch.onnx.export(
             wrapper.eval(),
@@ -193,20 +244,37 @@ def _wrap_causal(module: torch.nn.Module) -> torch.nn.Module:
             super().__init__()
             self.model = module
 
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any) -> Any:
+        def forward(
+            self,
+            input_ids: Any,
+            attention_mask: Any,
+            position_ids: Any,
+            past_key_values: Any,
+        ) -> Any:
             out = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=DynamicCache([(key, value) for key, value in past_key_values]),
+                past_key_values=DynamicCache(
+                    [(key, value) for key, value in past_key_values]
+                ),
                 use_cache=True,
             )
-            return (out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)))
+            return (
+                out.logits,
+                *(
+                    part
+                    for layer in out.past_key_values.layers
+                    for part in (layer.keys, layer.values)
+                ),
+            )
 
     return Causal()
 
 
-def _wrap_encoder(module: torch.nn.Module, architecture: Architecture) -> torch.nn.Module:
+def _wrap_encoder(
+    module: torch.nn.Module, architecture: Architecture
+) -> torch.nn.Module:
     import torch
 
     class Encoder(torch.nn.Module):
@@ -214,15 +282,25 @@ def _wrap_encoder(module: torch.nn.Module, architecture: Architecture) -> torch.
             super().__init__()
             self.model = module
 
-        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        def forward(
+            self, input_ids: Any, attention_mask: Any, token_type_ids: Any
+        ) -> Any:
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+            )
             return out[architecture.output]
 
     class EncoderWithoutTypes(Encoder):
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)[architecture.output]
+            return self.model(input_ids=input_ids, attention_mask=attention_mask)[
+                architecture.output
+            ]
 
-    return Encoder() if "token_type_ids" in architecture.inputs else EncoderWithoutTypes()
+    return (
+        Encoder() if "token_type_ids" in architecture.inputs else EncoderWithoutTypes()
+    )
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
@@ -261,14 +339,25 @@ def _optimise(model: ir.Model, protected: set[str]) -> None:
     from onnxscript.rewriter import onnx_fusions
 
     def should_fold(node: ir.Node) -> bool | None:
-        return False if any(value is not None and value.name in protected for value in node.inputs) else None
+        return (
+            False
+            if any(
+                value is not None and value.name in protected for value in node.inputs
+            )
+            else None
+        )
 
-    optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096, should_fold=should_fold)
+    optimizer.optimize_ir(
+        model, input_size_limit=4096, output_size_limit=4096, should_fold=should_fold
+    )
     onnx_fusions.fuse(model)
 
 
 def _name_parameters(
-    model: ir.Model, aliases: dict[str, list[str]], used: set[str], architecture: Architecture
+    model: ir.Model,
+    aliases: dict[str, list[str]],
+    used: set[str],
+    architecture: Architecture,
 ) -> dict[str, str]:
     """Rename each parameter's initializer to its first name, drop its value, and return the graph's metadata."""
     import onnx_ir as ir
@@ -284,7 +373,13 @@ def _name_parameters(
         graph.initializers.pop(traced_name)
         value.name = names[0]
         value.const_value = ir.ExternalTensor(
-            "unbound", 0, tensor.nbytes, value.dtype, shape=ir.Shape(tensor.shape), name=names[0], base_dir=""
+            "unbound",
+            0,
+            tensor.nbytes,
+            value.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=names[0],
+            base_dir="",
         )
         graph.initializers[names[0]] = value
         placed[names[0]] = names
@@ -293,7 +388,8 @@ def _name_parameters(
         first
         for first, names in absent.items()
         # Gone although the traced graph needed it: the optimiser merged or folded a weight.
-        if any(f"model.{name}" in used for name in names) or not any(part in first for part in architecture.unused)
+        if any(f"model.{name}" in used for name in names)
+        or not any(part in first for part in architecture.unused)
     ]
     if lost:
         raise OnnxExportError(
@@ -312,7 +408,11 @@ def _strip(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+    for value in (
+        *model.graph.inputs,
+        *model.graph.outputs,
+        *model.graph.initializers.values(),
+    ):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():
         for value in node.outputs:

@@ -1,0 +1,76 @@
+"""The FastAPI application: everything under /api/v1, health outside, failures in one shape.
+
+    GET  /healthz
+    POST GET      /api/v1/bases                         GET /bases/{name}   /bases/{name}/adapters
+    POST GET      /api/v1/adapters                      GET /search   /resolve   /check   /inspect
+    GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
+    PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
+    POST          /api/v1/plans   /compositions
+    GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/files   /jobs/{id}/files/{filename}
+    GET           /api/v1/doctor
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from registry import __version__
+from registry.api.failures import RESPONSES, add_handlers
+from registry.api.guard import SameOrigin
+from registry.api.routes import adapters, bases, compositions, health
+from registry.api.routes import jobs as job_routes
+
+if TYPE_CHECKING:
+    from registry.services.jobs import JobService
+    from registry.services.local import LocalRegistry
+
+__all__ = ["MAX_UPLOAD_BYTES", "create_app"]
+
+MAX_UPLOAD_BYTES = 64 << 30
+PREFIX = "/api/v1"
+
+
+def create_app(
+    registry: LocalRegistry,
+    jobs: JobService,
+    *,
+    max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    hosts: frozenset[str] | None = None,
+) -> FastAPI:
+    """The service over a registry. The worker of `jobs` runs as long as the application does.
+
+    hosts: names that the service answers for; None is any.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(jobs.start)
+        try:
+            yield
+        finally:
+            await run_in_threadpool(jobs.stop)
+
+    app = FastAPI(
+        title="Adapter registry",
+        summary="Adapters tied to their base models by hash, and models composed from them",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=f"{PREFIX}/docs",
+        redoc_url=None,
+        openapi_url=f"{PREFIX}/openapi.json",
+        responses=RESPONSES,
+    )
+    app.state.registry = registry
+    app.state.jobs = jobs
+    app.state.max_upload_bytes = max_upload_bytes
+    app.add_middleware(SameOrigin, hosts=hosts)
+    add_handlers(app)
+    for module in (bases, adapters, compositions, job_routes, health):
+        app.include_router(module.router, prefix=PREFIX)
+    app.include_router(health.outside)
+    return app

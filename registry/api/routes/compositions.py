@@ -1,0 +1,26 @@
+"""Plans, and compositions, which run as jobs."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from composer.recipe import Recipe
+from registry.api.deps import Jobs, Registered
+from registry.api.schemas import RecipeRequest, to_recipe
+from registry.schemas import JobInfo, PlanInfo
+
+router = APIRouter(tags=["compositions"])
+
+
+@router.post("/plans", summary="Plan a composition")
+def plan(body: RecipeRequest | Recipe, registry: Registered) -> PlanInfo:
+    """What composing the recipe would do, from headers alone; nothing is written."""
+    return registry.plan(to_recipe(body))
+
+
+@router.post("/compositions", summary="Compose", status_code=202)
+def compose(body: RecipeRequest | Recipe, response: Response, jobs: Jobs) -> JobInfo:
+    """Start a job that composes the recipe; Location names it."""
+    job = jobs.submit(to_recipe(body))
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job

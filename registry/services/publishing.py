@@ -1,0 +1,372 @@
+"""Folders into blobs and rows: bases by reference, adapters by copy.
+
+    publish   validate -> claim -> check against the base -> blobs -> one transaction
+    add_base  open -> fingerprint -> one transaction
+
+Blobs come first and are harmless alone; the row makes a version visible.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
+from sqlalchemy.orm import Session
+
+from composer.adapters import CONFIG, WEIGHTS, Adapter, open_adapter
+from composer.checkpoint import Checkpoint, open_checkpoint
+from composer.errors import IncompatibleError, NonFiniteError, UsageError
+from composer.files import sha256_file
+from composer.provenance import manifest_digest
+from composer.tensors import DTYPES
+from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
+from registry.compat import BaseClaim, assess
+from registry.db import session_scope
+from registry.errors import BaseNotFoundError, NameTakenError, VersionTakenError
+from registry.fingerprint import Fingerprint, fingerprint_checkpoint
+from registry.interface import Progress
+from registry.models import (
+    AdapterRow,
+    BaseFileRow,
+    BaseModelRow,
+    BaseTensorRow,
+    VersionFileRow,
+    VersionRow,
+    VersionTargetRow,
+)
+from registry.names import Version, adapter_name, base_name, slug
+from registry.schemas import BaseInfo, Level, PublishResult, Relation
+from registry.services.catalogue import LATEST, base_facts, base_info, find_base, version_info
+from registry.store.local import LocalStore
+
+__all__ = ["Publishing", "publishable_files"]
+
+FIRST_VERSION = "0.1.0"
+EXTRA_FILES = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|.*\.jinja|tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.model")  # fmt: skip
+
+
+def publishable_files(adapter: Adapter) -> dict[str, Path]:
+    """The files that make a version: config, weights, card, licence, tokenizer; nothing else of the folder."""
+    return {
+        name: path
+        for name, path in adapter.files.items()
+        if name in (CONFIG, WEIGHTS) or ("/" not in name and EXTRA_FILES.fullmatch(name))
+    }
+
+
+class Publishing:
+    """Writes to the catalogue and the store."""
+
+    def __init__(self, engine: Engine, store: LocalStore) -> None:
+        self._engine = engine
+        self._store = store
+
+    def add_base(
+        self,
+        folder: Path,
+        name: str | None,
+        parent: str | None,
+        relation: Relation | None,
+        progress: Progress | None,
+    ) -> BaseInfo:
+        """Fingerprint a checkpoint and register it where it lies; the same weights again only update the place.
+
+        Raises NameTakenError when the name holds other weights, or the weights have another name.
+        """
+        if (parent is None) != (relation is None):
+            raise UsageError(
+                "a parent needs a relation and a relation a parent",
+                expected="--parent NAME --relation finetune|quantized|merged|resized",
+                found={"parent": parent, "relation": relation},
+                remedy="give both or neither",
+            )
+        folder = folder.expanduser().resolve()
+        name = base_name(name or slug(folder))
+        checkpoint = open_checkpoint(folder)
+        with session_scope(self._engine) as session:
+            if parent:
+                find_base(session, parent)
+        fingerprint = fingerprint_checkpoint(
+            checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
+        )
+        files = [(file, path, sha256_file(path)) for file, path in checkpoint.files.items()]
+        with session_scope(self._engine, writes=True) as session:
+            same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
+            held = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))
+            for row, found in ((held, held and held.fingerprint), (same, same and same.name)):
+                if row is not None and (row.name, row.fingerprint) != (name, fingerprint.identity):
+                    raise NameTakenError(
+                        f"the name {name!r} holds other weights"
+                        if row is held
+                        else f"these weights are registered as {found!r}",
+                        expected=fingerprint.identity if row is held else f"the name {found}",
+                        found=found,
+                        remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
+                    )
+            row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
+            _fill_base(row, folder, checkpoint, fingerprint)
+            if parent:
+                row.parent, row.relation = find_base(session, parent), relation.value if relation else None
+            row.files = (
+                [
+                    BaseFileRow(name=file, size=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns, sha256=sha256)
+                    for file, path, sha256 in files
+                ]
+                if same is None
+                else _merged_files(row, files)
+            )
+            session.add(row)
+            session.flush()
+            return base_info(row, len(fingerprint.leaves), created=same is None)
+
+    def publish(
+        self,
+        folder: Path,
+        name: str,
+        version: str | None,
+        base: str | None,
+        license: str | None,
+        tags: tuple[str, ...],
+        description: str | None,
+        progress: Progress | None,
+        *,
+        read_paths: bool = True,
+    ) -> PublishResult:
+        """Publish an adapter folder.
+
+        Raises what open_adapter raises, NonFiniteError, IncompatibleError when it does not fit the base it names, and
+        VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
+        """
+        namespace, short = adapter_name(name)
+        wanted = Version(version) if version else None
+        adapter = open_adapter(folder.expanduser())
+        _check_finite(adapter)
+        card = read_card(adapter.files.get("README.md"))
+        warnings: list[str] = []
+        claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
+        self._check_base(adapter, claim, warnings)
+        files = self._store_files(adapter, progress)
+        digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
+        try:
+            with session_scope(self._engine, writes=True) as session:
+                return self._insert(
+                    session, (namespace, short), wanted, digest, files, adapter, claim, card,
+                    license, tags, description, warnings,
+                )  # fmt: skip
+        except DatabaseIntegrityError as error:
+            raise VersionTakenError(
+                f"{namespace}/{short}: another publisher took the version at the same moment",
+                expected="a free version",
+                found=str(error.orig),
+                remedy="publish again",
+            ) from None
+
+    def _claim(
+        self,
+        adapter: Adapter,
+        card: Card,
+        base: str | None,
+        warnings: list[str],
+        *,
+        read_paths: bool,
+        progress: Progress | None,
+    ) -> BaseClaim:
+        own = claim_from_folder(adapter, card, read_paths=read_paths and base is None, progress=progress)
+        if base is None:
+            return own
+        if FINGERPRINT.fullmatch(base):
+            claim = BaseClaim(fingerprint=base, name=own.name)
+        else:
+            with session_scope(self._engine) as session:
+                row = session.scalar(select(BaseModelRow).where(BaseModelRow.name == base))
+            if row is not None:
+                claim = BaseClaim(row.fingerprint, row.value_root, row.config_digest, own.name or row.name)
+            elif read_paths and Path(base).expanduser().is_dir():
+                claim = claim_of(fingerprint_folder(Path(base).expanduser(), progress), own.name)
+            else:
+                raise BaseNotFoundError(
+                    f"no base is registered as {base!r}",
+                    expected="a registered name, a fingerprint wf1:…, or a checkpoint folder",
+                    found=base,
+                    remedy="register it with 'registry base add', or leave --base out",
+                )
+        if own.fingerprint and own.fingerprint != claim.fingerprint:
+            warnings.append(
+                f"README.md names the base {own.fingerprint[:16]}…, --base {base} is {str(claim.fingerprint)[:16]}…; "
+                "--base is taken"
+            )
+        return claim
+
+    def _check_base(self, adapter: Adapter, claim: BaseClaim, warnings: list[str]) -> None:
+        if claim.fingerprint is None:
+            warnings.append(
+                f"the base is known by name only ({claim.name or 'no name'}): the version is unverified; "
+                "publish with --base to tie it to weights"
+            )
+            return
+        with session_scope(self._engine) as session:
+            row = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == claim.fingerprint))
+            if row is None:
+                warnings.append(
+                    f"the base {claim.fingerprint[:16]}… is not registered: the version is pending until it is"
+                )
+                return
+            verdict = assess(adapter.signature.targets, claim, base_facts(session, row))
+        if verdict.level is Level.INCOMPATIBLE:
+            raise IncompatibleError(
+                f"the adapter does not fit the base it names: {verdict.reasons[0].message}",
+                expected=f"tensors of {row.name}",
+                found=verdict.reasons[0].message,
+                remedy="name the base it was trained on with --base",
+            )
+
+    def _store_files(self, adapter: Adapter, progress: Progress | None) -> list[VersionFileRow]:
+        chosen = publishable_files(adapter)
+        total = sum(path.stat().st_size for path in chosen.values())
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress("storing", done, total)
+
+        rows = []
+        for name, path in sorted(chosen.items()):
+            sha256, size = self._store.put(path, advance)
+            rows.append(VersionFileRow(name=name, size=size, sha256=sha256))
+        return rows
+
+    def _insert(
+        self,
+        session: Session,
+        name: tuple[str, str],
+        wanted: Version | None,
+        digest: str,
+        files: list[VersionFileRow],
+        adapter: Adapter,
+        claim: BaseClaim,
+        card: Card,
+        license: str | None,
+        tags: tuple[str, ...],
+        description: str | None,
+        warnings: list[str],
+    ) -> PublishResult:
+        namespace, short = name
+        owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
+        if owner is None:
+            owner = AdapterRow(namespace=namespace, name=short)
+            session.add(owner)
+            session.flush()
+        versions = select(VersionRow).where(VersionRow.adapter_id == owner.id)
+        if wanted is None:
+            # The same bytes tied to another base are a new version: what is known of them has changed.
+            same = session.scalar(
+                versions.where(
+                    VersionRow.digest == digest, VersionRow.base_fingerprint.is_not_distinct_from(claim.fingerprint)
+                )
+                .order_by(*LATEST)
+                .limit(1)
+            )
+            newest = session.scalar(versions.order_by(VersionRow.sort_key.desc()).limit(1))
+            wanted = Version(Version(newest.version).next_patch() if newest else FIRST_VERSION)
+        else:
+            same = session.scalar(versions.where(VersionRow.version == wanted.text))
+            if same is not None and same.digest != digest:
+                raise VersionTakenError(
+                    f"{owner.full_name}@{wanted.text} holds other bytes; versions never change",
+                    expected=same.digest,
+                    found=digest,
+                    remedy="publish under a new version",
+                )
+        if same is not None:
+            if claim.fingerprint != same.base_fingerprint:
+                warnings.append(f"{owner.full_name}@{same.version} keeps the base it was published with")
+            return PublishResult(version=version_info(session, same), created=False, warnings=tuple(warnings))
+        signature = adapter.signature
+        text = description if description is not None else card.description
+        labels = tuple(dict.fromkeys((*tags, *card.tags)))
+        row = VersionRow(
+            adapter_id=owner.id,
+            version=wanted.text,
+            sort_key=wanted.sort_key,
+            prerelease=wanted.pre is not None,
+            digest=digest,
+            kind=signature.kind,
+            rank=signature.rank,
+            alpha=signature.alpha,
+            target_modules=list(signature.target_modules),
+            parameters=signature.parameters,
+            nbytes=sum(file.size for file in files),
+            base_fingerprint=claim.fingerprint,
+            base_value_root=claim.value_root,
+            base_config_digest=claim.config_digest,
+            base_name=claim.name,
+            license=license or card.license,
+            tags=list(labels),
+            description=text,
+            search_text=" ".join(
+                (owner.full_name, text, *labels, claim.name or "", signature.kind, *signature.target_modules)
+            ).lower(),
+            files=files,
+            targets=[VersionTargetRow(parameter=t.parameter, shape=list(t.shape)) for t in signature.targets],
+        )
+        session.add(row)
+        session.flush()
+        session.refresh(row)
+        return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+
+
+def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:
+    sizes: dict[str, int] = {}
+    for spec in checkpoint.tensors.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    row.tensor_root = fingerprint.tensor_root
+    row.value_root = fingerprint.value_root
+    row.layout_digest = fingerprint.layout
+    row.config_digest = fingerprint.config
+    row.tokenizer_digest = fingerprint.tokenizer
+    row.chat_template_digest = fingerprint.chat_template
+    row.architecture = checkpoint.architecture
+    row.dtype = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "none"
+    row.parameters = sum(spec.nbytes // DTYPES[spec.dtype].itemsize for spec in checkpoint.tensors.values())
+    row.nbytes = checkpoint.nbytes
+    row.location = str(folder)
+    if not row.tensors:
+        row.tensors = [
+            BaseTensorRow(
+                name=leaf.name,
+                dtype=leaf.dtype,
+                shape=list(leaf.shape),
+                digest=leaf.digest,
+                value_digest=leaf.value_digest,
+            )
+            for leaf in fingerprint.leaves
+        ]
+
+
+def _merged_files(row: BaseModelRow, files: list[tuple[str, Path, str]]) -> list[BaseFileRow]:
+    """The file rows after a base was registered again from a new place: known names are updated in place."""
+    known = {file.name: file for file in row.files}
+    merged = []
+    for name, path, sha256 in files:
+        file = known.get(name) or BaseFileRow(name=name)
+        file.size, file.mtime_ns, file.sha256 = path.stat().st_size, path.stat().st_mtime_ns, sha256
+        merged.append(file)
+    return merged
+
+
+def _check_finite(adapter: Adapter) -> None:
+    for spec in adapter.header.tensors.values():
+        bad = int((~np.isfinite(spec.read().astype(np.float32))).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{spec.path.name}: {spec.name} holds {bad} values that are NaN or infinite",
+                expected="finite numbers",
+                found=bad,
+                remedy="the training diverged: publish an earlier step",
+                tensor=spec.name,
+            )

@@ -1,0 +1,45 @@
+"""A version's files into a new folder, each checked against its digest on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer.errors import ConflictError
+from composer.sinks import FolderSink, storage_errors
+from registry.errors import BlobCorruptError
+from registry.interface import Progress
+from registry.schemas import FileInfo
+from registry.store.local import COPY_BYTES, LocalStore
+
+__all__ = ["pull_files"]
+
+
+def pull_files(store: LocalStore, files: Sequence[FileInfo], out: Path, progress: Progress | None) -> None:
+    """Copy `files` out of the store into the new folder `out`.
+
+    Raises ConflictError when `out` exists, BlobCorruptError when a stored file is not what it was; `out` is not made.
+    """
+    out = out.expanduser().resolve()
+    if out.exists():
+        raise ConflictError(
+            f"{out} already exists", expected="a new folder", found="an existing one", remedy="choose another --out"
+        )
+    total, done = sum(file.size for file in files), 0
+    with FolderSink(out) as sink:
+        for file in files:
+            with sink.open(file.name) as writer, storage_errors(f"reading {file.name}"):
+                with store.path(file.sha256).open("rb") as blob:
+                    while chunk := blob.read(COPY_BYTES):
+                        writer.write(chunk)
+                        done += len(chunk)
+                        if progress:
+                            progress("pulling", done, total)
+            if writer.sha256 != file.sha256:
+                raise BlobCorruptError(
+                    f"the stored {file.name} is damaged",
+                    expected=f"sha256 {file.sha256}",
+                    found=writer.sha256,
+                    remedy="restore the store from a backup, or publish the version again from its source",
+                )
+        sink.commit()
