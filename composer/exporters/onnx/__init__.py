@@ -1,17 +1,18 @@
 """Export a checkpoint folder to ONNX: trace a graph once, bind it to weights in milliseconds, verify before publishing.
 
-    config.json ──► architectures   refuse what is not known, before anything is written
+    config.json ──► architectures    refuse what is not known, before anything is written
         │
         ▼
-    graph_cache ──► hit ─────────────────────────────┐
-        │ miss                                       ▼
-        └────────► trace   (no weights, minutes) ──► bind   initializers point into *.safetensors (milliseconds)
-                                                     │
-                              .model.onnx.*.tmp ◄────┘
-                                   │
-                                verify   ONNX Runtime against torch, in float32
-                                   │
-                    model.onnx ◄───┴───► deleted, OnnxVerificationError
+    graph_cache ──► hit ─────────────┐
+        │ miss                       ▼
+        └─► skeleton ─► trace ────► bind     initializers point into *.safetensors
+            (minutes, no weights)    │       (milliseconds)
+                                     ▼
+                           .model.onnx.*.tmp
+                                     │
+                                  verify     ONNX Runtime against torch, in float32
+                                     │
+                      model.onnx ◄───┴───► deleted, OnnxVerificationError
 
 A folder's `model.onnx` has no weights of its own: it belongs to the safetensors files beside it and moves with them.
 Weights keep their dtype; inputs, outputs and arithmetic are float32 (see `bind`). `session` opens and runs the result.
@@ -31,25 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 from composer.errors import NotFoundError, OnnxVerificationError
 from composer.exporters.onnx import bind, graph_cache, trace, verify
-from composer.exporters.onnx.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    architecture_of,
-    supported,
-)
+from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.session import generate, open_session, require_runtime
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = [
-    "ARCHITECTURES",
-    "OnnxExport",
-    "export_onnx",
-    "generate",
-    "open_session",
-    "supported",
-]
+__all__ = ["ARCHITECTURES", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
 
 MODEL_FILE = "model.onnx"
 
@@ -81,10 +70,7 @@ class OnnxExport:
 
 
 def export_onnx(
-    folder: Path,
-    *,
-    cache_dir: Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    folder: Path, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
 ) -> OnnxExport:
     """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
 
@@ -97,13 +83,11 @@ def export_onnx(
     Raises OnnxExportError when tracing or binding fails, OnnxVerificationError when the results differ.
     """
     folder = Path(folder)
-    say = progress or (lambda message: None)
+    say = progress or (lambda _: None)
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise NotFoundError(
-            f"onnx: {folder}: no config.json",
-            expected="a complete checkpoint folder",
-            remedy="compose one first",
+            f"onnx: {folder}: no config.json", expected="a complete checkpoint folder", remedy="compose one first"
         )
     config = json.loads(config_path.read_text(encoding="utf-8"))
     architecture = architecture_of(config)
@@ -144,19 +128,13 @@ def export_onnx(
         checks=result.checks,
         seconds={
             name: round(after - before, 4)
-            for name, (before, after) in zip(
-                ("trace", "bind", "verify"), itertools.pairwise(clock), strict=True
-            )
+            for name, (before, after) in zip(("trace", "bind", "verify"), itertools.pairwise(clock), strict=True)
         },
     )
 
 
 def _graph(
-    folder: Path,
-    architecture: Architecture,
-    digest: str,
-    cache_dir: Path | None,
-    say: Callable[[str], None],
+    folder: Path, architecture: Architecture, digest: str, cache_dir: Path | None, say: Callable[[str], None]
 ) -> tuple[onnx.ModelProto, bool]:
     """The weightless graph, and whether it came from the cache; a damaged entry is traced again and replaced."""
     if cache_dir is not None:
@@ -164,9 +142,7 @@ def _graph(
         if graph is not None:
             say(f"graph {digest[:12]} from the cache")
             return graph, True
-    say(
-        f"trace {architecture.name} at opset {architecture.opset} (once per configuration; minutes for a large model)"
-    )
+    say(f"trace {architecture.name} at opset {architecture.opset} (once per configuration; minutes for a large model)")
     graph = trace.trace(folder, architecture)
     if cache_dir is not None:
         graph_cache.store(Path(cache_dir), digest, graph)

@@ -16,12 +16,7 @@ from composer.errors import UnsupportedArchitectureError
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
 
-Task = Literal[
-    "text-generation",
-    "feature-extraction",
-    "text-classification",
-    "token-classification",
-]
+Task = Literal["text-generation", "feature-extraction", "text-classification", "token-classification"]
 
 # Both rescale the rotary frequencies by the length of the running sequence: control flow that a trace would freeze.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -50,32 +45,15 @@ class Architecture:
 
 
 def _causal(name: str, opset: int = 23) -> Architecture:
-    return Architecture(
-        name, "text-generation", opset, ("input_ids", "attention_mask", "position_ids")
-    )
+    return Architecture(name, "text-generation", opset, ("input_ids", "attention_mask", "position_ids"))
 
 
-def _encoder(
-    stem: str, *, token_types: bool, opset: int = 23
-) -> tuple[Architecture, ...]:
-    inputs = ("input_ids", "attention_mask") + (
-        ("token_type_ids",) if token_types else ()
-    )
+def _encoder(stem: str, *, token_types: bool, opset: int = 23) -> tuple[Architecture, ...]:
+    inputs = ("input_ids", "attention_mask") + (("token_type_ids",) if token_types else ())
     return (
-        Architecture(
-            f"{stem}Model",
-            "feature-extraction",
-            opset,
-            inputs,
-            "last_hidden_state",
-            ("pooler.",),
-        ),
-        Architecture(
-            f"{stem}ForSequenceClassification", "text-classification", opset, inputs
-        ),
-        Architecture(
-            f"{stem}ForTokenClassification", "token-classification", opset, inputs
-        ),
+        Architecture(f"{stem}Model", "feature-extraction", opset, inputs, "last_hidden_state", ("pooler.",)),
+        Architecture(f"{stem}ForSequenceClassification", "text-classification", opset, inputs),
+        Architecture(f"{stem}ForTokenClassification", "token-classification", opset, inputs),
     )
 
 
@@ -142,19 +120,12 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise refuse("an encoder configured as a decoder (is_decoder) is not exported")
     for kind in _rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
-            raise refuse(
-                f"rotary embedding of type {kind!r} depends on the length of the sequence"
-            )
+            raise refuse(f"rotary embedding of type {kind!r} depends on the length of the sequence")
     return ARCHITECTURES[found]
 
 
 def _rope_types(config: dict[str, Any]) -> list[Any]:
-    kinds: list[Any] = []
-    for key in ("rope_parameters", "rope_scaling"):
-        entry = config.get(key)
-        if isinstance(entry, dict):
-            # Models with several kinds of attention layers nest one entry per kind.
-            for item in (entry, *entry.values()):
-                if isinstance(item, dict):
-                    kinds.append(item.get("rope_type", item.get("type")))
-    return kinds
+    entries = [config[key] for key in ("rope_parameters", "rope_scaling") if isinstance(config.get(key), dict)]
+    # Models with several kinds of attention layers nest one entry per kind.
+    entries += [item for entry in entries for item in entry.values() if isinstance(item, dict)]
+    return [entry.get("rope_type", entry.get("type")) for entry in entries]

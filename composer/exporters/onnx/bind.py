@@ -65,11 +65,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, TensorSpec]]:
     tensors: dict[str, tuple[str, TensorSpec]] = {}
     for file in files:
         path = folder / file
-        if (
-            Path(file).name != file
-            or not path.is_file()
-            or path.resolve().parent != folder.resolve()
-        ):
+        if Path(file).name != file or not path.is_file() or path.resolve().parent != folder.resolve():
             raise OnnxExportError(
                 f"onnx: {file}: weights must be a file inside the exported folder",
                 expected="a safetensors file beside config.json, not a link out of it",
@@ -78,24 +74,13 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, TensorSpec]]:
             )
         for name, spec in read_header(path).tensors.items():
             if name in tensors:
-                raise OnnxExportError(
-                    f"onnx: {name} is stored in both {tensors[name][0]} and {file}",
-                    keys=[name],
-                )
+                raise OnnxExportError(f"onnx: {name} is stored in both {tensors[name][0]} and {file}", keys=[name])
             tensors[name] = (file, spec)
-    if (
-        weight_map is not None
-        and {name: file for name, (file, _) in tensors.items()} != weight_map
-    ):
+    if weight_map is not None and {name: file for name, (file, _) in tensors.items()} != weight_map:
         wrong = sorted(
-            name
-            for name in {*weight_map, *tensors}
-            if tensors.get(name, ("",))[0] != weight_map.get(name, "")
+            name for name in {*weight_map, *tensors} if tensors.get(name, ("",))[0] != weight_map.get(name, "")
         )
-        raise OnnxExportError(
-            f"onnx: {index.name} disagrees with its files on: {', '.join(wrong[:5])}",
-            keys=wrong,
-        )
+        raise OnnxExportError(f"onnx: {index.name} disagrees with its files on: {', '.join(wrong[:5])}", keys=wrong)
     return tensors
 
 
@@ -121,12 +106,7 @@ def bind(graph: onnx.ModelProto, folder: Path) -> Bound:
         sources[first] = found[0]
         left.difference_update(found)
         tied += [(found[0], other) for other in found[1:]]
-    unused = [
-        key
-        for name in json.loads(metadata[UNUSED])
-        for key in _keys(name, prefix)
-        if key in left
-    ]
+    unused = [key for name in json.loads(metadata[UNUSED]) for key in _keys(name, prefix) if key in left]
     left.difference_update(unused)
     if missing or left:
         raise OnnxExportError(
@@ -150,11 +130,7 @@ def bind(graph: onnx.ModelProto, folder: Path) -> Bound:
     return Bound(graph, names[stored.most_common(1)[0][0]], tuple(unused))
 
 
-def _point(
-    graph: onnx.ModelProto,
-    sources: dict[str, str],
-    tensors: dict[str, tuple[str, TensorSpec]],
-) -> Counter[str]:
+def _point(graph: onnx.ModelProto, sources: dict[str, str], tensors: dict[str, tuple[str, TensorSpec]]) -> Counter[str]:
     """Rewrite the initializers in `sources` (parameter → key); returns the bytes stored in each dtype."""
     from onnx import TensorProto, helper
 
@@ -183,20 +159,12 @@ def _point(
         renamed[initializer.name] = key
         if spec.dtype != "F32":
             renamed[initializer.name] = f"{key}.float32"
-            casts.append(
-                helper.make_node(
-                    "Cast", [key], [f"{key}.float32"], name=f"{key}.cast", to=FLOAT32
-                )
-            )
+            casts.append(helper.make_node("Cast", [key], [f"{key}.float32"], name=f"{key}.cast", to=FLOAT32))
         initializer.name = key
         initializer.data_type = STORED[spec.dtype]
         initializer.data_location = TensorProto.EXTERNAL
         del initializer.external_data[:]
-        for field, value in (
-            ("location", file),
-            ("offset", spec.offset),
-            ("length", spec.nbytes),
-        ):
+        for field, value in (("location", file), ("offset", spec.offset), ("length", spec.nbytes)):
             initializer.external_data.add(key=field, value=str(value))
         stored[spec.dtype] += spec.nbytes
     _rename_inputs(graph.graph.node, renamed)
@@ -222,24 +190,14 @@ def _keys(name: str, prefix: str) -> list[str]:
     """The keys that a checkpoint may store this parameter under, the module's own name first."""
     keys = [name]
     if prefix:
-        keys.append(
-            name.removeprefix(f"{prefix}.")
-            if name.startswith(f"{prefix}.")
-            else f"{prefix}.{name}"
-        )
+        keys.append(name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
     # BERT checkpoints converted from TensorFlow still say gamma and beta; transformers reads them too.
     for old, new in (("weight", "gamma"), ("bias", "beta")):
-        keys += [
-            f"{key.removesuffix(old)}{new}"
-            for key in list(keys)
-            if key.endswith(f"LayerNorm.{old}")
-        ]
+        keys += [f"{key.removesuffix(old)}{new}" for key in list(keys) if key.endswith(f"LayerNorm.{old}")]
     return keys
 
 
-def _same_bytes(
-    folder: Path, one: tuple[str, TensorSpec], other: tuple[str, TensorSpec]
-) -> bool:
+def _same_bytes(folder: Path, one: tuple[str, TensorSpec], other: tuple[str, TensorSpec]) -> bool:
     if (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
         return False
     with (

@@ -32,36 +32,19 @@ FLAVOUR = "portable"
 CHECKSUM = "composer.sha256"
 
 # They change nothing in the graph: where a config came from, who wrote it, and the dtype the weights are stored in.
-IRRELEVANT = frozenset(
-    {
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_name_or_path",
-        "_model_name_or_path",
-    }
-)
+IRRELEVANT = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_model_name_or_path"})
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def digest_of(config: dict[str, Any], architecture: Architecture) -> str:
     """sha256, in hex, over all that decides the graph: two checkpoints with equal digests share one graph."""
     key = {
-        "config": {
-            name: value for name, value in config.items() if name not in IRRELEVANT
-        },
-        "architecture": [
-            architecture.name,
-            architecture.task,
-            FLAVOUR,
-            architecture.opset,
-        ],
+        "config": {name: value for name, value in config.items() if name not in IRRELEVANT},
+        "architecture": [architecture.name, architecture.task, FLAVOUR, architecture.opset],
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "exporter": EXPORTER_VERSION,
     }
-    return hashlib.sha256(
-        json.dumps(key, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load(cache_dir: Path, digest: str) -> onnx.ModelProto | None:

@@ -106,23 +106,10 @@ def forward(
             if item.name.startswith(PAST)
         }
     positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
-    feeds = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": positions,
-        **past,
-    }
+    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, **past}
     feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
-    outputs = dict(
-        zip(
-            [item.name for item in session.get_outputs()],
-            session.run(None, feeds),
-            strict=True,
-        )
-    )
-    return outputs["logits"], {
-        name: outputs[name.replace(PAST, PRESENT, 1)] for name in past
-    }
+    outputs = dict(zip([item.name for item in session.get_outputs()], session.run(None, feeds), strict=True))
+    return outputs["logits"], {name: outputs[name.replace(PAST, PRESENT, 1)] for name in past}
 
 
 def generate(
@@ -154,6 +141,4 @@ def generate(
         tokens.append(chosen)
         step = chosen[:, None]
         mask = np.concatenate([mask, np.ones_like(step)], axis=1)
-    return (
-        np.stack(tokens, axis=1) if tokens else np.empty((len(input_ids), 0), np.int64)
-    )
+    return np.stack(tokens, axis=1) if tokens else np.empty((len(input_ids), 0), np.int64)

@@ -9,24 +9,20 @@ What `bind` has to know besides is in the graph's metadata: which names are tied
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import OnnxExportError
 from composer.exporters.onnx.architectures import Architecture
+from composer.exporters.onnx.skeleton import quiet, weightless_module
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     import torch
 
-__all__ = ["ALIASES", "PREFIX", "UNUSED", "quiet", "trace"]
+__all__ = ["ALIASES", "PREFIX", "UNUSED", "trace"]
 
 ALIASES = "composer.aliases"
 """Metadata: JSON object, initializer → every name of that parameter in the module (tied ones have several)."""
@@ -35,21 +31,18 @@ PREFIX = "composer.base_model_prefix"
 UNUSED = "composer.unused"
 """Metadata: JSON list of the module's parameters that the output does not depend on."""
 
-# Parameters below this size get real, distinct values: the optimiser merges small initializers that are equal.
-SMALL = 65536
-
 
 def trace(folder: Path, architecture: Architecture) -> onnx.ModelProto:
     """The graph of the model that `folder/config.json` describes: float32, dynamic batch and sequence, no weights.
 
-    Reads no weights and allocates none: parameters of `SMALL` elements or more are one element seen through stride 0.
+    Reads no weights and allocates next to none (see `skeleton`).
     Raises OnnxExportError when the exporter fails or when a parameter did not survive as an initializer.
     """
     import onnx_ir as ir
 
     with quiet():
         try:
-            module = _weightless(folder, architecture)
+            module = weightless_module(folder, architecture)
             graph_model = _export(module, architecture)
         except Exception as error:
             raise OnnxExportError(
@@ -59,10 +52,7 @@ def trace(folder: Path, architecture: Architecture) -> onnx.ModelProto:
             ) from error
         used = _used(graph_model)
         aliases = _aliases(module)
-        _optimise(
-            graph_model,
-            {f"model.{name}" for names in aliases.values() for name in names},
-        )
+        _optimise(graph_model, {f"model.{name}" for names in aliases.values() for name in names})
         metadata = _name_parameters(graph_model, aliases, used, architecture)
         _strip(graph_model)
     metadata[PREFIX] = getattr(module, "base_model_prefix", "")
@@ -70,103 +60,6 @@ def trace(folder: Path, architecture: Architecture) -> onnx.ModelProto:
     graph_model.producer_name = "composer"
     graph_model.graph.name = architecture.name
     return ir.serde.serialize_model(graph_model)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the warnings and progress bars of torch and transformers, which nobody can act on here, off stderr."""
-    # Importing torch resets the levels of its loggers, so it comes first.
-    import torch  # noqa: F401
-    from transformers.utils import logging as transformers_logging
-
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch", "torch.onnx", "transformers", "onnxscript", "onnx_ir")
-    ]
-    levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers_logging.disable_progress_bar()
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
-
-
-def _weightless(folder: Path, architecture: Architecture) -> torch.nn.Module:
-    """The module, in float32 and eval mode, whose large parameters take no memory; its buffers are real."""
-    import torch
-    import transformers
-    from torch.overrides import TorchFunctionMode
-
-    class NoStorage(TorchFunctionMode):
-        """Large torch.empty gives a zero-stride tensor; initialising one does nothing. Local to this thread."""
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-        ) -> Any:
-            kwargs = kwargs or {}
-            name = getattr(func, "__name__", "")
-            if name == "empty":
-                shape = func(*args, **{**kwargs, "device": "meta"})
-                if shape.dim() and shape.numel() >= SMALL:
-                    return torch.zeros((), dtype=shape.dtype).expand(shape.shape)
-            elif name.endswith("_") and not name.endswith("__"):
-                target = next(
-                    (
-                        value
-                        for value in (*args, *kwargs.values())
-                        if isinstance(value, torch.Tensor)
-                    ),
-                    None,
-                )
-                if (
-                    target is not None
-                    and target.numel() >= SMALL
-                    and not any(target.stride())
-                ):
-                    return target
-            return func(*args, **kwargs)
-
-    cls = getattr(transformers, architecture.name)
-    config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    if not isinstance(config, cls.config_class):
-        raise TypeError(
-            f"model_type {config.model_type!r} is not one of {cls.__name__}"
-        )
-    with NoStorage():
-        module = cls._from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa"
-        )
-    persistent = {name for name, _ in module.named_buffers()} & set(module.state_dict())
-    if persistent:
-        raise TypeError(
-            f"buffers stored in checkpoints are not supported: {', '.join(sorted(persistent))}"
-        )
-    generator = torch.Generator().manual_seed(0)
-    replaced: dict[int, torch.nn.Parameter] = {}
-    for submodule in module.modules():
-        for name, parameter in submodule._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in replaced:
-                if parameter.numel() < SMALL:
-                    value = torch.rand(parameter.shape, generator=generator) + 0.1
-                else:
-                    value = torch.zeros(()).expand(parameter.shape)
-                # The old parameter is kept alive beside the new one, or its id could be given out again.
-                replaced[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
-                replaced[id(parameter)].original = parameter
-            submodule._parameters[name] = replaced[id(parameter)]
-    return module.eval()
 
 
 def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
@@ -185,41 +78,25 @@ def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
     if architecture.is_causal:
         config = module.config
         layers = config.num_hidden_layers
-        heads = (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
-        head_dim = (
-            getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads
-        )
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kwargs["attention_mask"] = torch.ones(batch, past + length, dtype=torch.int64)
         shapes["attention_mask"] = {0: "batch_size", 1: "total_sequence_length"}
-        kwargs["position_ids"] = (
-            torch.arange(past, past + length)[None].expand(batch, length).clone()
-        )
+        kwargs["position_ids"] = torch.arange(past, past + length)[None].expand(batch, length).clone()
         shapes["position_ids"] = tokens
         cache = {0: "batch_size", 2: "past_sequence_length"}
         kwargs["past_key_values"] = [
-            (
-                torch.zeros(batch, heads, past, head_dim),
-                torch.zeros(batch, heads, past, head_dim),
-            )
+            (torch.zeros(batch, heads, past, head_dim), torch.zeros(batch, heads, past, head_dim))
             for _ in range(layers)
         ]
         shapes["past_key_values"] = [(cache, cache)] * layers
-        names = [
-            f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")
-        ]
+        names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
         input_names += [f"past_key_values.{name}" for name in names]
         output_names += [f"present.{name}" for name in names]
     elif "token_type_ids" in architecture.inputs:
         kwargs["token_type_ids"] = torch.zeros(batch, length, dtype=torch.int64)
         shapes["token_type_ids"] = tokens
-    wrapper = (
-        _wrap_causal(module)
-        if architecture.is_causal
-        else _wrap_encoder(module, architecture)
-    )
+    wrapper = _wrap_causal(module) if architecture.is_causal else _wrap_encoder(module, architecture)
     with torch.no_grad():
         program = torch.onnx.export(
             wrapper.eval(),
@@ -244,37 +121,20 @@ def _wrap_causal(module: torch.nn.Module) -> torch.nn.Module:
             super().__init__()
             self.model = module
 
-        def forward(
-            self,
-            input_ids: Any,
-            attention_mask: Any,
-            position_ids: Any,
-            past_key_values: Any,
-        ) -> Any:
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any) -> Any:
             out = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=DynamicCache(
-                    [(key, value) for key, value in past_key_values]
-                ),
+                past_key_values=DynamicCache([(key, value) for key, value in past_key_values]),
                 use_cache=True,
             )
-            return (
-                out.logits,
-                *(
-                    part
-                    for layer in out.past_key_values.layers
-                    for part in (layer.keys, layer.values)
-                ),
-            )
+            return (out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)))
 
     return Causal()
 
 
-def _wrap_encoder(
-    module: torch.nn.Module, architecture: Architecture
-) -> torch.nn.Module:
+def _wrap_encoder(module: torch.nn.Module, architecture: Architecture) -> torch.nn.Module:
     import torch
 
     class Encoder(torch.nn.Module):
@@ -282,25 +142,15 @@ def _wrap_encoder(
             super().__init__()
             self.model = module
 
-        def forward(
-            self, input_ids: Any, attention_mask: Any, token_type_ids: Any
-        ) -> Any:
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-            )
+        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
             return out[architecture.output]
 
     class EncoderWithoutTypes(Encoder):
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)[
-                architecture.output
-            ]
+            return self.model(input_ids=input_ids, attention_mask=attention_mask)[architecture.output]
 
-    return (
-        Encoder() if "token_type_ids" in architecture.inputs else EncoderWithoutTypes()
-    )
+    return Encoder() if "token_type_ids" in architecture.inputs else EncoderWithoutTypes()
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
@@ -339,25 +189,14 @@ def _optimise(model: ir.Model, protected: set[str]) -> None:
     from onnxscript.rewriter import onnx_fusions
 
     def should_fold(node: ir.Node) -> bool | None:
-        return (
-            False
-            if any(
-                value is not None and value.name in protected for value in node.inputs
-            )
-            else None
-        )
+        return False if any(value is not None and value.name in protected for value in node.inputs) else None
 
-    optimizer.optimize_ir(
-        model, input_size_limit=4096, output_size_limit=4096, should_fold=should_fold
-    )
+    optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096, should_fold=should_fold)
     onnx_fusions.fuse(model)
 
 
 def _name_parameters(
-    model: ir.Model,
-    aliases: dict[str, list[str]],
-    used: set[str],
-    architecture: Architecture,
+    model: ir.Model, aliases: dict[str, list[str]], used: set[str], architecture: Architecture
 ) -> dict[str, str]:
     """Rename each parameter's initializer to its first name, drop its value, and return the graph's metadata."""
     import onnx_ir as ir
@@ -373,13 +212,7 @@ def _name_parameters(
         graph.initializers.pop(traced_name)
         value.name = names[0]
         value.const_value = ir.ExternalTensor(
-            "unbound",
-            0,
-            tensor.nbytes,
-            value.dtype,
-            shape=ir.Shape(tensor.shape),
-            name=names[0],
-            base_dir="",
+            "unbound", 0, tensor.nbytes, value.dtype, shape=ir.Shape(tensor.shape), name=names[0], base_dir=""
         )
         graph.initializers[names[0]] = value
         placed[names[0]] = names
@@ -388,8 +221,7 @@ def _name_parameters(
         first
         for first, names in absent.items()
         # Gone although the traced graph needed it: the optimiser merged or folded a weight.
-        if any(f"model.{name}" in used for name in names)
-        or not any(part in first for part in architecture.unused)
+        if any(f"model.{name}" in used for name in names) or not any(part in first for part in architecture.unused)
     ]
     if lost:
         raise OnnxExportError(
@@ -408,11 +240,7 @@ def _strip(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-    for value in (
-        *model.graph.inputs,
-        *model.graph.outputs,
-        *model.graph.initializers.values(),
-    ):
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():
         for value in node.outputs:

