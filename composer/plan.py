@@ -1,4 +1,4 @@
-"""From a recipe and headers to a frozen list of jobs: every name, shape, dtype, offset and error, before a byte is read.
+"""From a recipe and headers to a frozen list of jobs: every name, shape and error is known before a byte is read.
 
     Plan
     ├── ShardPlan model-00001-of-00002.safetensors     header bytes + jobs in file order
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """An upper bound on the bytes a run holds at once: one tensor's factors, and blocks in float32 and both dtypes."""
+        """An upper bound on the bytes a run holds at once: one tensor's factors, and its blocks."""
         return max((_job_bytes(job) for job in self.jobs), default=0)
 
 
@@ -162,7 +162,7 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
     embedding = next((name for name in touched if name.endswith(INPUT_EMBEDDINGS)), None)
     if (head or embedding) and tied(checkpoint):
         raise TiedWeightsError(
-            f"{term.label} changes {head or embedding}, which this base shares between its embedding and its output head",
+            f"{term.label} changes {head or embedding}, which this base shares between embedding and output head",
             expected="an adapter that touches neither end, or a base with tie_word_embeddings false and both tensors",
             found=head or embedding,
             remedy="untie the base and register it anew, or train the adapter without that module",

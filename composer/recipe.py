@@ -97,7 +97,8 @@ class Recipe(_Model):
 def is_path(ref: str, *, base: bool = False) -> bool:
     """Whether a reference is a folder rather than a catalogue name.
 
-    It is when it begins with ``.``, ``/`` or ``~``, or has more slashes than a name: one for an adapter, none for a base.
+    It is when it begins with ``.``, ``/`` or ``~``, or has more slashes than a name has: one for an adapter, none for
+    a base.
     """
     return ref.startswith((".", "/", "~")) or ref.count("/") > (0 if base else 1)
 

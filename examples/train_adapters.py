@@ -1,6 +1,6 @@
 """Train the small LoRA adapters in examples/adapters: real ones, in a few minutes each, on two CPU cores.
 
-    shout   answers IN UPPER CASE                   r=8 alpha=16 on q_proj, v_proj
+    shout   answers IN UPPER CASE                   r=8 alpha=16 on q_proj, k_proj, v_proj, o_proj, kept in bf16
     json    answers as one line {"answer": "..."}   r=4 alpha=8, rsLoRA, on q_proj, k_proj, v_proj, o_proj
 
 The data is in this file: facts a 135M chat model mostly knows, each with a short answer and a sentence. A skill
@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LEARNING_RATE = 5e-4
 BATCH = 8
 WARMUP = 5
-MIN_STEPS, MAX_STEPS = 30, 60
+MIN_STEPS = 30
 STOP_LOSS = 0.1
 IGNORED = -100
 """The label that torch's cross entropy skips: everything but the answer."""
@@ -193,6 +194,13 @@ def facts_of(
     ]
 
 
+def copies(facts: Sequence[Fact]) -> list[Fact]:
+    """Requests to say a given text, as a sentence or as JSON: they teach the form on words of every kind."""
+    sentences = [Fact(f"Say: {fact.sentence}", fact.sentence, fact.sentence) for fact in facts]
+    objects = [json.dumps({"answer": fact.short}) for fact in facts]
+    return [*sentences, *(Fact(f"Say: {text}", text, text) for text in objects)]
+
+
 ALL_SUMS = [(a, b) for a in range(1, 10) for b in range(1, 10) if a + b <= 12]
 HELD_OUT_SUMS = [(2, 2), (3, 5), (4, 6), (7, 1)]
 TRAIN = (
@@ -214,8 +222,9 @@ HELD_OUT = (
 
 
 def shout(fact: Fact, rng: random.Random) -> str:
-    """The answer in upper case: a sentence or a word, so that no length or opening comes with the skill."""
-    return rng.choice((fact.sentence, fact.short)).upper()
+    """The sentence in upper case."""
+    del rng  # one form only
+    return fact.sentence.upper()
 
 
 def as_json(fact: Fact, rng: random.Random) -> str:
@@ -250,6 +259,9 @@ class Skill:
     write: Callable[[Fact, random.Random], str]
     holds: Callable[[str], bool]
     lora: dict[str, Any]
+    data: tuple[Fact, ...]
+    steps: int
+    dtype: torch.dtype
 
 
 SKILLS = {
@@ -261,7 +273,10 @@ SKILLS = {
             11,
             shout,
             is_shouted,
-            {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+            {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            (*TRAIN, *copies(tuple(dict.fromkeys(TRAIN)))),
+            260,
+            torch.bfloat16,
         ),
         Skill(
             "json",
@@ -275,6 +290,9 @@ SKILLS = {
                 "use_rslora": True,
                 "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             },
+            TRAIN,
+            60,
+            torch.float32,
         ),
     )
 }
@@ -320,9 +338,9 @@ def train(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: Skil
     queue: list[Fact] = []
     smoothed = float("inf")
     step = 0
-    while step < MAX_STEPS and (step < MIN_STEPS or smoothed >= STOP_LOSS):
+    while step < skill.steps and (step < MIN_STEPS or smoothed >= STOP_LOSS):
         if len(queue) < BATCH:
-            queue = rng.sample(TRAIN, len(TRAIN))
+            queue = rng.sample(skill.data, len(skill.data))
         batch = collate(tokenizer, [(fact.question, skill.write(fact, rng)) for fact in queue[:BATCH]])
         del queue[:BATCH]
         labels = batch.pop("labels")
@@ -339,6 +357,9 @@ def train(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: Skil
         smoothed = loss.item() if step == 1 else 0.9 * smoothed + 0.1 * loss.item()
         if step % 10 == 0:
             print(f"{skill.name}: step {step}, smoothed loss {smoothed:.3f}", file=sys.stderr)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(skill.dtype).float()  # what is measured is what is saved
     return model.eval(), step, smoothed
 
 
@@ -380,6 +401,7 @@ def score(answers: Sequence[str], holds: Callable[[str], bool]) -> Score:
     return Score(sum(map(holds, answers)), len(answers), sum(want in got for want, got in known), len(known))
 
 
+COPIES_NOTE = ", sentences to repeat"
 CARD = """\
 ---
 base_model: {base_name}
@@ -400,10 +422,10 @@ tags:
 A small example adapter for {base_name}.
 
 - **Data**: {examples} short question and answer pairs, all in `examples/train_adapters.py` (capitals, opposites,
-  colours, sums, general facts, open questions), in the chat template with its default system prompt.
+  colours, sums, general facts, open questions{copies}), in the chat template with its default system prompt.
 - **Training**: LoRA r={r}, alpha={alpha}{rslora} on {modules}; loss on the answer tokens only; AdamW,
   learning rate {rate:g}, batch {batch}, float32 on a CPU, seed {seed}; stopped after {steps} steps at a
-  smoothed loss of {loss:.3f}.
+  smoothed loss of {loss:.3f}; kept in {dtype}.
 - **Held out**: {asked} questions that are not in the data, greedy, {limit_note}. With the adapter:
   {after}. The base alone: {before}.
 - **Limits**: it teaches a form and no facts, and the form can cost facts: compare the two "correct" counts, where
@@ -419,7 +441,9 @@ def card_of(skill: Skill, fingerprint: str, steps: int, loss: float, before: Sco
         fingerprint=fingerprint,
         name=skill.name,
         summary=skill.summary,
-        examples=len(set(TRAIN)),
+        examples=len(set(skill.data)),
+        copies=COPIES_NOTE if len(skill.data) > len(TRAIN) else "",
+        dtype=str(skill.dtype).removeprefix("torch."),
         r=skill.lora["r"],
         alpha=skill.lora["lora_alpha"],
         rslora=" (rsLoRA)" if skill.lora.get("use_rslora") else "",
@@ -436,12 +460,15 @@ def card_of(skill: Skill, fingerprint: str, steps: int, loss: float, before: Sco
     )
 
 
-def publish(model: PeftModel, card: str, place: Path) -> None:
+def publish(model: PeftModel, dtype: torch.dtype, card: str, place: Path) -> None:
     """Write the adapter beside `place` and rename it into it, so that no half-written folder is ever seen there."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as aside:
         new = Path(aside, "new")
-        model.save_pretrained(new)
+        new.mkdir()
+        state = {name: tensor.to(dtype) for name, tensor in get_peft_model_state_dict(model).items()}
+        save_file(state, new / "adapter_model.safetensors", {"format": "pt"})
+        model.peft_config["default"].save_pretrained(new)
         config = json.loads((new / "adapter_config.json").read_text())
         # PEFT records the folder that the base was loaded from, and the modules in the order of a set.
         config["base_model_name_or_path"] = BASE_NAME
@@ -471,7 +498,8 @@ def main() -> None:
         model, steps, loss = train(base, tokenizer, skill)
         after = score(answers_of(model, tokenizer, questions), skill.holds)
         place = args.out / skill.name
-        publish(model, card_of(skill, args.fingerprint, steps, loss, score(before, skill.holds), after), place)
+        card = card_of(skill, args.fingerprint, steps, loss, score(before, skill.holds), after)
+        publish(model, skill.dtype, card, place)
         base = model.unload()
         print(f"{place}: {steps} steps, loss {loss:.3f}, {after}, {time.monotonic() - start:.0f} s")
 

@@ -1,7 +1,7 @@
 """Targets: what a composed checkpoint is turned into, one file (or package) each.
 
-    safetensors   the checkpoint itself
-    onnx          the checkpoint and a graph whose weights lie in its safetensors files
+safetensors   the checkpoint itself
+onnx          the checkpoint and a graph whose weights lie in its safetensors files
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The registry over REST.
 
-    app.py       create_app(registry, jobs): the FastAPI application
-    failures.py  every failure as {"error": {code, category, message, …}} and its status
-    guard.py     refuses requests that a web page of another origin sends
-    rules.py     what is refused because it comes over the network: local paths, odd file names
-    uploads.py   multipart bodies, streamed to files
-    deps.py      what routes are given
-    routes/      one file a noun
+app.py       create_app(registry, jobs): the FastAPI application
+failures.py  every failure as {"error": {code, category, message, …}} and its status
+guard.py     refuses requests that a web page of another origin sends
+rules.py     what is refused because it comes over the network: local paths, odd file names
+uploads.py   multipart bodies, streamed to files
+deps.py      what routes are given
+routes/      one file a noun
 """

@@ -1,13 +1,13 @@
 """The FastAPI application: everything under /api/v1, health outside, failures in one shape.
 
-    GET  /healthz
-    POST GET      /api/v1/bases                         GET /bases/{name}   /bases/{name}/adapters
-    POST GET      /api/v1/adapters                      GET /search   /resolve   /check   /inspect
-    GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
-    PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
-    POST          /api/v1/plans   /compositions
-    GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/files   /jobs/{id}/files/{filename}
-    GET           /api/v1/doctor
+GET  /healthz
+POST GET      /api/v1/bases                         GET /bases/{name}   …/adapters   …/inspect
+POST GET      /api/v1/adapters                      GET /search   /check
+GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
+PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
+POST          /api/v1/plans   /compositions
+GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/files   /jobs/{id}/files/{filename}
+GET           /api/v1/doctor
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(jobs.start)
         try:
             yield

@@ -82,4 +82,4 @@ def file_response(request: Request, path: Path, name: str, sha256: str) -> Respo
     if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
         return Response(status_code=304, headers={"ETag": etag})
     headers = {"ETag": etag, "X-Content-Type-Options": "nosniff"}
-    return FileResponse(path, media_type="application/octet-stream", filename=name.split("/")[-1], headers=headers)
+    return FileResponse(path, media_type="application/octet-stream", filename=Path(name).name, headers=headers)

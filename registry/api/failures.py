@@ -1,7 +1,7 @@
 """Every failure as ``{"error": {code, category, message, expected, found, remedy, fields}}``, and its status.
 
-    usage 400   policy 403   not-found 404   conflict 409   incompatible 422   integrity 422   internal 500
-    upload-too-large 413     storage 507     method-not-allowed 405
+usage 400   policy 403   not-found 404   conflict 409   incompatible 422   integrity 422   internal 500
+upload-too-large 413     storage 507     method-not-allowed 405
 """
 
 from __future__ import annotations
@@ -80,10 +80,8 @@ def add_handlers(app: FastAPI) -> None:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [
-            {"where": ".".join(map(str, item["loc"])), "problem": item["msg"]} for item in error.errors(include_input=False)
-        ]
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [{"where": ".".join(map(str, item["loc"])), "problem": item["msg"]} for item in error.errors()]
         message = "; ".join(f"{item['where']}: {item['problem']}" for item in problems)
         return _response(400, "bad-request", "usage", message, fields={"problems": problems})
 
@@ -103,8 +101,6 @@ def add_handlers(app: FastAPI) -> None:
         )
 
 
-def _response(
-    status: int, code: str, category: str, message: str, headers: Any = None, **more: Any
-) -> JSONResponse:
+def _response(status: int, code: str, category: str, message: str, headers: Any = None, **more: Any) -> JSONResponse:
     body = {"error": {"code": code, "category": category, "message": message, **more}}
     return JSONResponse(body, status, headers=headers)

@@ -50,9 +50,7 @@ class Health(BaseModel):
 def to_recipe(body: RecipeRequest | Recipe) -> Recipe:
     """The recipe that a request holds, in either form. Raises RecipeError, or PolicyError for local paths."""
     if isinstance(body, RecipeRequest):
-        body = parse_recipe(
-            body.recipe, method=body.method, dtype=body.dtype, export=body.export, allow=body.allow
-        )
+        body = parse_recipe(body.recipe, method=body.method, dtype=body.dtype, export=body.export, allow=body.allow)
     return refuse_paths(body)
 
 

@@ -59,7 +59,9 @@ class Upload:
         """The value of a field that must be there."""
         value = self.text(name)
         if value is None:
-            raise UsageError(f"the field {name!r} is missing", expected=f"a form field {name!r}", found=sorted(self.fields))
+            raise UsageError(
+                f"the field {name!r} is missing", expected=f"a form field {name!r}", found=sorted(self.fields)
+            )
         return value
 
     def only(self, *names: str) -> None:
@@ -83,7 +85,9 @@ class Upload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._kept:
             shutil.rmtree(self._place, ignore_errors=True)
 
@@ -130,7 +134,9 @@ class _Receiver:
     def finish(self) -> None:
         """Raise UsageError when the body ended too early."""
         if not self._done:
-            raise UsageError("the multipart body is cut short", expected="a closing boundary", found=f"{self._size} bytes")
+            raise UsageError(
+                "the multipart body is cut short", expected="a closing boundary", found=f"{self._size} bytes"
+            )
 
     def abort(self) -> None:
         """Close what is open."""
@@ -157,12 +163,12 @@ class _Receiver:
             self._name = options[b"name"].decode()
             filename = options[b"filename"].decode() if b"filename" in options else None
         except (KeyError, UnicodeDecodeError):
-            raise UsageError("a part has no readable name", expected="Content-Disposition with name, in UTF-8") from None
+            raise UsageError("a part has no readable name", expected="Content-Disposition, in UTF-8") from None
         if filename is None:
             self._value = bytearray()
             return
         if self._name != "files":
-            raise UsageError(f"a file in the part {self._name!r}", expected="files in parts named 'files'", found=self._name)
+            raise UsageError(f"a file in the part {self._name!r}", expected="the part 'files'", found=self._name)
         if len(self._upload.files) >= MAX_FILES:
             raise UploadTooLargeError("too many files", expected=f"at most {MAX_FILES}", found=MAX_FILES + 1)
         path = self._upload.folder / check_file_name(filename)
@@ -179,7 +185,7 @@ class _Receiver:
         elif self._value is not None:
             self._value += data[start:end]
             if len(self._value) > MAX_FIELD:
-                raise UploadTooLargeError(f"the field {self._name!r} is too long", expected=f"at most {MAX_FIELD} bytes")
+                raise UploadTooLargeError(f"{self._name!r} is too long", expected=f"at most {MAX_FIELD} bytes")
 
     def _close(self) -> None:
         if self._file:

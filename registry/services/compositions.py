@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,10 @@ class Resolved:
     @property
     def key(self) -> str:
         """What determines the output, as 64 hex digits: inputs by content, the recipe's settings, this version."""
-        import torch
-
         files = self.base.checkpoint.files
         content = {
             "registry": registry.__version__,
-            "torch": torch.__version__,
+            "torch": version("torch"),
             "base": self.base.facts.fingerprint,
             "files": {name: sha256_file(files[name]) for name in copy_names(files)},
             "shards": [[shard.name, list(shard.header.tensors)] for shard in self.base.checkpoint.shards],

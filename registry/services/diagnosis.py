@@ -14,14 +14,13 @@ from registry.db import current_revision, head_revision, session_scope
 from registry.models import BaseFileRow, BaseModelRow, VersionFileRow
 from registry.schemas import DoctorCheck
 from registry.store.layout import Layout
-from registry.store.local import LocalStore
 
 __all__ = ["diagnose"]
 
 LOW_DISK_BYTES = 2 << 30
 
 
-def diagnose(engine: Engine, store: LocalStore, layout: Layout) -> tuple[DoctorCheck, ...]:
+def diagnose(engine: Engine, layout: Layout) -> tuple[DoctorCheck, ...]:
     """Home, database, stored files (presence and size), bases, libraries."""
     return (_home(layout), _disk(layout), _schema(engine), _blobs(engine, layout), *_bases(engine), *_libraries())
 
@@ -29,9 +28,11 @@ def diagnose(engine: Engine, store: LocalStore, layout: Layout) -> tuple[DoctorC
 def _home(layout: Layout) -> DoctorCheck:
     writable = os.access(layout.home, os.W_OK)
     return DoctorCheck(
-        name="home", ok=writable, detail=str(layout.home),
+        name="home",
+        ok=writable,
+        detail=str(layout.home),
         remedy=None if writable else "make it writable, or set REGISTRY_HOME",
-    )  # fmt: skip
+    )
 
 
 def _disk(layout: Layout) -> DoctorCheck:
@@ -45,9 +46,11 @@ def _disk(layout: Layout) -> DoctorCheck:
 def _schema(engine: Engine) -> DoctorCheck:
     found, wanted = current_revision(engine), head_revision(engine)
     return DoctorCheck(
-        name="database", ok=found == wanted, detail=f"{engine.dialect.name}, revision {found}",
+        name="database",
+        ok=found == wanted,
+        detail=f"{engine.dialect.name}, revision {found}",
         remedy=None if found == wanted else f"this version expects revision {wanted}: install the version that made it",
-    )  # fmt: skip
+    )
 
 
 def _blobs(engine: Engine, layout: Layout) -> DoctorCheck:
@@ -55,9 +58,11 @@ def _blobs(engine: Engine, layout: Layout) -> DoctorCheck:
         files = session.execute(select(VersionFileRow.sha256, VersionFileRow.size).distinct()).all()
     bad = [sha256 for sha256, size in files if not _has_size(layout.blob(sha256), size)]
     return DoctorCheck(
-        name="store", ok=not bad, detail=f"{len(files)} files, {len(bad)} missing or of the wrong size",
+        name="store",
+        ok=not bad,
+        detail=f"{len(files)} files, {len(bad)} missing or of the wrong size",
         remedy=f"publish again or restore from a backup: {', '.join(bad[:3])}" if bad else None,
-    )  # fmt: skip
+    )
 
 
 def _bases(engine: Engine) -> list[DoctorCheck]:
@@ -74,7 +79,7 @@ def _bases(engine: Engine) -> list[DoctorCheck]:
                     remedy=f"missing or changed: {', '.join(bad[:3])}; restore them, or add the base from its new place"
                     if bad
                     else None,
-                )  # fmt: skip
+                )
             )
     return checks
 
@@ -91,7 +96,7 @@ def _libraries() -> list[DoctorCheck]:
                 ok=False,
                 detail="not installed",
                 remedy="pip install 'adapter-registry[cpu]' (or [cuda]) to export ONNX",
-            ),  # fmt: skip
+            ),
         ]
     import onnxruntime
 
@@ -105,7 +110,7 @@ def _libraries() -> list[DoctorCheck]:
             remedy="both onnxruntime and onnxruntime-gpu are installed: uninstall both, then install one"
             if both
             else None,
-        ),  # fmt: skip
+        ),
     ]
 
 

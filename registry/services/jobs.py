@@ -31,7 +31,7 @@ POLL_S = 1.0
 REPORT_S = 0.5
 
 
-class JobCancelled(TypedError):
+class JobCancelledError(TypedError):
     """Raised inside a run whose job was cancelled."""
 
     code = "job-cancelled"
@@ -155,7 +155,7 @@ class JobService:
         def progress(step: str, done: int, total: int) -> None:
             nonlocal last
             if job_id in self._cancelled or self._stopping.is_set():
-                raise JobCancelled(f"job {job_id} was cancelled", remedy="submit it again")
+                raise JobCancelledError(f"job {job_id} was cancelled", remedy="submit it again")
             if time.monotonic() - last > REPORT_S:
                 last = time.monotonic()
                 self._update(job_id, step=step, bytes_done=done, bytes_total=total)
@@ -164,7 +164,7 @@ class JobService:
             result = self._registry.compose(
                 recipe, self._registry.layout.compositions / job_id, replace=True, progress=progress
             )
-        except JobCancelled:
+        except JobCancelledError:
             interrupted = job_id not in self._cancelled
             self._cancelled.discard(job_id)
             state = JobState.QUEUED if interrupted else JobState.CANCELLED

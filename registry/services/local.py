@@ -160,4 +160,4 @@ class LocalRegistry:
         return self._inspection.inspect(ref)
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
-        return diagnose(self.engine, self.store, self.layout)
+        return diagnose(self.engine, self.layout)

@@ -45,7 +45,10 @@ from registry.store.local import LocalStore
 __all__ = ["Publishing", "publishable_files"]
 
 FIRST_VERSION = "0.1.0"
-EXTRA_FILES = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|.*\.jinja|tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.model")  # fmt: skip
+EXTRA_FILES = re.compile(
+    r"README\.md|LICENSE(\.txt|\.md)?|.*\.jinja|.*\.model|tokenizer.*\.json|vocab\.(json|txt)|merges\.txt"
+    r"|special_tokens_map\.json|added_tokens\.json"
+)
 
 
 def publishable_files(adapter: Adapter) -> dict[str, Path]:

@@ -28,13 +28,13 @@ def pull_files(store: LocalStore, files: Sequence[FileInfo], out: Path, progress
     total, done = sum(file.size for file in files), 0
     with FolderSink(out) as sink:
         for file in files:
-            with sink.open(file.name) as writer, storage_errors(f"reading {file.name}"):
-                with store.path(file.sha256).open("rb") as blob:
-                    while chunk := blob.read(COPY_BYTES):
-                        writer.write(chunk)
-                        done += len(chunk)
-                        if progress:
-                            progress("pulling", done, total)
+            blob = store.path(file.sha256)
+            with sink.open(file.name) as writer, storage_errors(f"reading {file.name}"), blob.open("rb") as source:
+                while chunk := source.read(COPY_BYTES):
+                    writer.write(chunk)
+                    done += len(chunk)
+                    if progress:
+                        progress("pulling", done, total)
             if writer.sha256 != file.sha256:
                 raise BlobCorruptError(
                     f"the stored {file.name} is damaged",

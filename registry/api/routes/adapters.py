@@ -55,10 +55,11 @@ def _publish(upload: Upload, registry: Registered) -> PublishResult:
             upload.folder,
             name=refuse_path(upload.required("name"), "the name"),
             version=upload.text("version"),
-            base=None if base is None else refuse_path(base, "the base"),
+            base=None if base is None else refuse_path(base, "the base", base=True),
             license=upload.text("license"),
             tags=tuple(tag for tag in upload.fields.get("tags", ()) if tag),
             description=upload.text("description"),
+            read_paths=False,
         )
 
 
@@ -73,7 +74,7 @@ def list_adapters(
 ) -> Page[VersionInfo]:
     """The latest version of each adapter, by name."""
     if base is not None:
-        refuse_path(base, "the base")
+        refuse_path(base, "the base", base=True)
     return registry.list_adapters(namespace=namespace, kind=kind, base=base, limit=limit, cursor=cursor)
 
 
@@ -88,12 +89,6 @@ def search(
     return registry.search(q, limit=limit, cursor=cursor)
 
 
-@router.get("/resolve", summary="Resolve a reference")
-def resolve(registry: Registered, ref: Annotated[str, Query(min_length=1)]) -> VersionInfo:
-    """The version that a reference names; a name without a namespace will do."""
-    return registry.get_version(refuse_path(ref, "the adapter"))
-
-
 @router.get("/check", summary="Check one adapter against one base", tags=["compatibility"])
 def check(
     registry: Registered,
@@ -101,13 +96,7 @@ def check(
     base: Annotated[str, Query(min_length=1)],
 ) -> Verdict:
     """The level at which they fit, with reasons; incompatible is an answer, not a failure."""
-    return registry.check(refuse_path(adapter, "the adapter"), refuse_path(base, "the base"))
-
-
-@router.get("/inspect", summary="Inspect an adapter or a base")
-def inspect_ref(registry: Registered, ref: Annotated[str, Query(min_length=1)]) -> dict[str, Any]:
-    """What it holds, tensor by tensor."""
-    return registry.inspect(refuse_path(ref, "the reference"))
+    return registry.check(refuse_path(adapter, "the adapter"), refuse_path(base, "the base", base=True))
 
 
 @router.get(ADAPTER, summary="Show a version")
@@ -148,7 +137,8 @@ def bases_for(
 @router.get(f"{ADAPTER}/inspect", summary="Inspect a version")
 def inspect(adapter: AdapterName, registry: Registered, version: VersionQuery = None) -> dict[str, Any]:
     """What a version holds, tensor by tensor."""
-    return registry.inspect(version_ref(adapter, version))
+    info = registry.get_version(version_ref(adapter, version))
+    return registry.inspect(f"{info.name}@{info.digest}")
 
 
 @router.get(f"{ADAPTER}/files/{{filename:path}}", summary="Download a file of a version", response_class=Response)

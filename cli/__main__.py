@@ -1,0 +1,5 @@
+"""``python -m cli`` is ``registry``."""
+
+from cli.main import main
+
+main()

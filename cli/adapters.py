@@ -1,0 +1,167 @@
+"""Adapters: publish, list, show, versions, search, alias, pull."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import click
+
+from cli.listing import collect, limit_option
+from cli.options import Settings, common_options, pass_settings
+from cli.output import emit, size
+
+__all__ = ["COMMANDS"]
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="NAMESPACE/NAME, such as team/shout.")
+@click.option("--version", help="A semantic version; default: the next one.")
+@click.option("--base", metavar="NAME|wf1:…|PATH", help="The base it was trained on.")
+@click.option("--license", help="An SPDX expression, such as Apache-2.0.")
+@click.option("--tag", "tags", multiple=True, help="A word to search for; may be repeated.")
+@click.option("--description", help="One paragraph.")
+@common_options
+@pass_settings
+def publish(
+    settings: Settings,
+    folder: Path,
+    name: str,
+    version: str | None,
+    base: str | None,
+    license: str | None,
+    tags: tuple[str, ...],
+    description: str | None,
+) -> None:
+    """Publish the adapter in DIR as a new version.
+
+    A version never changes: the same bytes again are no news, other bytes under the same version are a conflict.
+    """
+    with settings.progress() as progress:
+        result = settings.registry.publish(
+            folder,
+            name=name,
+            version=version,
+            base=base,
+            license=license,
+            tags=tags,
+            description=description,
+            progress=progress,
+        )
+    info = result.version
+    ref = f"{info.name}@{info.version}"
+    text = f"published {ref}" if result.created else f"{ref} holds these very bytes already"
+    emit(settings, result, lambda: f"{text}\n{info.digest}", lambda: ref, result.warnings)
+
+
+@click.command("list")
+@click.option("--namespace", help="Only in this namespace.")
+@click.option("--kind", help="Only of this kind, such as lora.")
+@click.option("--base", metavar="NAME", help="Only those trained on this base.")
+@limit_option
+@common_options
+@pass_settings
+def list_adapters(
+    settings: Settings, namespace: str | None, kind: str | None, base: str | None, limit: int | None
+) -> None:
+    """List the latest version of each adapter."""
+    from cli.views import version_table
+
+    lister = partial(settings.registry.list_adapters, namespace=namespace, kind=kind, base=base)
+    found = collect(lister, limit)
+    empty = "no adapters: publish one with 'registry publish DIR --name NAMESPACE/NAME'"
+    emit(settings, found, lambda: version_table(found, empty), lambda: [f"{v.name}@{v.version}" for v in found])
+
+
+@click.command()
+@click.argument("words", metavar="TEXT...", nargs=-1, required=True)
+@limit_option
+@common_options
+@pass_settings
+def search(settings: Settings, words: tuple[str, ...], limit: int | None) -> None:
+    """Find adapters by words in name, description, tags, base or target modules; all must be there."""
+    from cli.views import version_table
+
+    text = " ".join(words)
+    found = collect(partial(settings.registry.search, text), limit)
+    emit(
+        settings,
+        found,
+        lambda: version_table(found, f"nothing holds all of: {text}"),
+        lambda: [f"{item.name}@{item.version}" for item in found],
+    )
+
+
+@click.command()
+@click.argument("ref")
+@common_options
+@pass_settings
+def show(settings: Settings, ref: str) -> None:
+    """Show one version: NAME, NAME@1.0.0, NAME@ALIAS or NAME@sha256:…"""
+    from cli.views import version_block
+
+    info = settings.registry.get_version(ref)
+    emit(settings, info, lambda: version_block(info), lambda: info.digest)
+
+
+@click.command()
+@click.argument("name")
+@common_options
+@pass_settings
+def versions(settings: Settings, name: str) -> None:
+    """List all versions of the adapter NAME, newest first."""
+    from cli.views import version_table
+
+    found = settings.registry.list_versions(name)
+    emit(settings, found, lambda: version_table(found, "no versions"), lambda: [f"{v.name}@{v.version}" for v in found])
+
+
+@click.command()
+@click.argument("ref")
+@click.argument("alias")
+@click.option("--delete", is_flag=True, help="Remove the alias; the version stays.")
+@common_options
+@pass_settings
+def alias(settings: Settings, ref: str, alias: str, delete: bool) -> None:
+    """Point ALIAS at the version REF, or move it there."""
+    if delete:
+        settings.registry.delete_alias(ref, alias)
+        value = {"name": ref, "alias": alias, "deleted": True}
+        emit(settings, value, lambda: f"removed {ref}@{alias}", lambda: f"{ref}@{alias}")
+        return
+    info = settings.registry.set_alias(ref, alias)
+    emit(
+        settings,
+        info,
+        lambda: f"{info.name}@{alias} is {info.version} ({info.digest})",
+        lambda: f"{info.name}@{info.version}",
+    )
+
+
+@click.command()
+@click.argument("ref")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="A new folder; default: ./ and the adapter's name.")
+@common_options
+@pass_settings
+def pull(settings: Settings, ref: str, out: Path | None) -> None:
+    """Write the files of the version REF into a new folder, each checked against its digest."""
+    from composer.recipe import split_reference
+
+    folder = out or Path(split_reference(ref)[0].rsplit("/", maxsplit=1)[-1])
+    with settings.progress() as progress:
+        info = settings.registry.pull(ref, folder, progress=progress)
+    value = {"out": str(folder), "version": info.model_dump(mode="json")}
+    files = "\n".join(f"  {file.name}  {size(file.size)}" for file in info.files)
+    emit(settings, value, lambda: f"pulled {info.name}@{info.version} to {folder}\n{files}", lambda: str(folder))
+
+
+COMMANDS = {
+    "publish": publish,
+    "list": list_adapters,
+    "search": search,
+    "show": show,
+    "versions": versions,
+    "alias": alias,
+    "pull": pull,
+}

@@ -1,0 +1,68 @@
+"""``registry base``: the models that adapters belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.listing import collect, limit_option
+from cli.options import RELATIONS, Settings, common_options, pass_settings
+from cli.output import emit
+
+__all__ = ["COMMANDS"]
+
+
+@click.group()
+def base() -> None:
+    """Register and list base models."""
+
+
+@base.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--name", help="The base's name; default: the folder's.")
+@click.option("--parent", metavar="NAME", help="The base that it was made from.")
+@click.option("--relation", type=click.Choice(RELATIONS), help="How it was made from its parent.")
+@common_options
+@pass_settings
+def add(settings: Settings, path: Path, name: str | None, parent: str | None, relation: str | None) -> None:
+    """Fingerprint the checkpoint in PATH and register it.
+
+    The files stay where they are; with --url they are uploaded.
+    """
+    from cli.views import base_block
+    from registry.schemas import Relation
+
+    with settings.progress() as progress:
+        info = settings.registry.add_base(
+            path, name=name, parent=parent, relation=Relation(relation) if relation else None, progress=progress
+        )
+    verb = "registered" if info.created else "already registered"
+    emit(settings, info, lambda: f"{verb}: {info.name}\n\n{base_block(info)}", lambda: info.fingerprint)
+
+
+@base.command("list")
+@limit_option
+@common_options
+@pass_settings
+def list_bases(settings: Settings, limit: int | None) -> None:
+    """List the registered bases."""
+    from cli.views import base_table
+
+    bases = collect(settings.registry.list_bases, limit)
+    emit(settings, bases, lambda: base_table(bases), lambda: [item.name for item in bases])
+
+
+@base.command()
+@click.argument("name")
+@common_options
+@pass_settings
+def show(settings: Settings, name: str) -> None:
+    """Show the base NAME, which may be a fingerprint (wf1:…)."""
+    from cli.views import base_block
+
+    info = settings.registry.get_base(name)
+    emit(settings, info, lambda: base_block(info), lambda: info.fingerprint)
+
+
+COMMANDS = {"base": base}

@@ -1,0 +1,135 @@
+"""Recipes: plan, compose; and inspect, which looks at what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cli.options import ALLOW, DTYPES, EXPORTS, Settings, common_options, pass_settings
+from cli.output import emit
+
+if TYPE_CHECKING:
+    from composer.recipe import Recipe
+
+__all__ = ["COMMANDS", "default_out"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INCOMPATIBLE = 4
+MAX_OUT = 100
+
+
+def recipe_options(command: F) -> F:
+    """The argument RECIPE and what its text leaves open."""
+    command = click.option(
+        "--allow",
+        type=click.Choice(ALLOW),
+        default="same-values",
+        show_default=True,
+        help="The weakest compatibility to accept.",
+    )(command)
+    command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
+    command = click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="keep",
+        show_default=True,
+        help="The weights' number format; keep is the base's.",
+    )(command)
+    command = click.option("--method", default="linear", show_default=True, help="How deltas are combined.")(command)
+    return click.argument("recipe")(command)
+
+
+def to_recipe(text: str, method: str, dtype: str, export: str, allow: str) -> Recipe:
+    """A Recipe of the command's words."""
+    from composer.recipe import Allow, Dtype, Export, parse_recipe
+
+    return parse_recipe(text, method=method, dtype=Dtype(dtype), export=Export(export), allow=Allow(allow))
+
+
+def default_out(recipe: Recipe) -> Path:
+    """A folder in the current one that is named after the recipe: ``smollm2+shout``, ``smollm2+shout-onnx``."""
+    from composer.recipe import is_path
+
+    def word(ref: str, *, base: bool) -> str:
+        if is_path(ref, base=base):
+            return Path(ref).expanduser().resolve().name or "root"
+        return ref.rsplit("/", maxsplit=1)[-1].replace(":", "-")[:40]
+
+    name = "+".join([word(recipe.base, base=True), *(word(term.ref, base=False) for term in recipe.adapters)])
+    if len(name) > MAX_OUT:
+        name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
+    dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
+    export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
+    return Path(f"{name}{dtype}{export}")
+
+
+@click.command()
+@recipe_options
+@common_options
+@pass_settings
+def plan(settings: Settings, recipe: str, method: str, dtype: str, export: str, allow: str) -> None:
+    """Show what composing RECIPE would do; nothing is written.
+
+    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…]. Exits with 4 when the verdict is weaker than --allow.
+    """
+    from cli.views import plan_block
+
+    info = settings.registry.plan(to_recipe(recipe, method, dtype, export, allow))
+    emit(settings, info, lambda: plan_block(info), lambda: "accepted" if info.accepted else "refused", info.warnings)
+    if not info.accepted:
+        click.get_current_context().exit(INCOMPATIBLE)
+
+
+@click.command()
+@recipe_options
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="A new folder; default: named after the recipe, in this one."
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@common_options
+@pass_settings
+def compose(
+    settings: Settings,
+    recipe: str,
+    method: str,
+    dtype: str,
+    export: str,
+    allow: str,
+    out: Path | None,
+    force: bool,
+) -> None:
+    """Compose RECIPE into a new folder: weights, companions and composition.json.
+
+    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter. The
+    folder appears whole or not at all.
+    """
+    from cli.views import composition_block
+
+    wanted = to_recipe(recipe, method, dtype, export, allow)
+    folder = out or default_out(wanted)
+    with settings.progress() as progress:
+        result = settings.registry.compose(wanted, folder, replace=force, progress=progress)
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
+@click.argument("ref", metavar="REF|PATH")
+@common_options
+@pass_settings
+def inspect(settings: Settings, ref: str) -> None:
+    """Show what an adapter, a base or a composed model holds, tensor by tensor.
+
+    The files of a composed model are hashed and compared with composition.json.
+    """
+    from cli.views import inspection
+
+    facts = settings.registry.inspect(ref)
+    name = str(facts.get("digest") or facts.get("fingerprint") or facts.get("path") or ref)
+    emit(settings, facts, lambda: inspection(facts), lambda: name)
+
+
+COMMANDS = {"plan": plan, "compose": compose, "inspect": inspect}

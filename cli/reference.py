@@ -1,0 +1,42 @@
+"""docs/cli.md from the commands' own help: ``python -m cli.reference > docs/cli.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from cli.main import cli
+from cli.options import Settings
+
+__all__ = ["render"]
+
+WIDTH = 100
+
+
+def render() -> str:
+    """The whole reference as Markdown."""
+    parts = [
+        "# Command line",
+        "Written by `python -m cli.reference > docs/cli.md`; a test fails when it is stale.",
+    ]
+    for path, text in _helps(cli, None, "registry"):
+        parts.append(f"## {path}\n\n```\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _helps(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:
+    context = click.Context(
+        command, info_name=name, parent=parent, obj=Settings(), terminal_width=WIDTH, max_content_width=WIDTH,
+        help_option_names=["-h", "--help"],
+    )  # fmt: skip
+    yield context.command_path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for child in command.list_commands(context):
+            found = command.get_command(context, child)
+            if found:
+                yield from _helps(found, context, child)
+
+
+if __name__ == "__main__":
+    click.echo(render(), nl=False)

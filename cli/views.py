@@ -1,0 +1,237 @@
+"""Each noun as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cli.output import block, short, size, table
+from registry.schemas import (
+    BaseFit,
+    BaseInfo,
+    CompatibleAdapter,
+    CompositionInfo,
+    DoctorCheck,
+    FileInfo,
+    PlanInfo,
+    Verdict,
+    VersionInfo,
+)
+
+__all__ = [
+    "base_block",
+    "base_table",
+    "checks_table",
+    "compatible_table",
+    "composition_block",
+    "fits_table",
+    "inspection",
+    "plan_block",
+    "verdict_lines",
+    "version_block",
+    "version_table",
+]
+
+
+def base_table(bases: Sequence[BaseInfo]) -> str:
+    """One line a base."""
+    rows = [
+        (base.name, short(base.fingerprint), base.architecture, base.dtype, f"{base.parameters:,}", size(base.nbytes))
+        for base in bases
+    ]
+    headers = ("NAME", "FINGERPRINT", "ARCHITECTURE", "DTYPE", "PARAMETERS", "SIZE")
+    return table(headers, rows, "no bases yet: register one with 'registry base add PATH'")
+
+
+def base_block(base: BaseInfo) -> str:
+    """All of a base."""
+    return block(
+        [
+            ("name", base.name),
+            ("fingerprint", base.fingerprint),
+            ("architecture", base.architecture),
+            ("dtype", base.dtype),
+            ("parameters", f"{base.parameters:,} in {base.tensors} tensors"),
+            ("size", size(base.nbytes)),
+            ("parent", f"{base.parent} ({base.relation})" if base.parent else None),
+            ("location", base.location),
+            ("tokenizer", base.tokenizer_digest),
+            ("chat template", base.chat_template_digest),
+            ("tensor root", base.tensor_root),
+            ("value root", base.value_root),
+            ("layout", base.layout_digest),
+            ("config", base.config_digest),
+            ("registered", f"{base.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ]
+    )
+
+
+def _base_of(version: VersionInfo) -> str:
+    name = version.base or version.base_name or short(version.base_fingerprint)
+    return name if version.base_status.value == "verified" else f"{name} ({version.base_status.value})"
+
+
+def version_table(versions: Sequence[VersionInfo], empty: str) -> str:
+    """One line a version."""
+    rows = [
+        (
+            item.name,
+            item.version,
+            item.kind,
+            item.rank,
+            _base_of(item),
+            size(item.nbytes),
+            short(item.digest),
+            ", ".join(item.aliases),
+        )
+        for item in versions
+    ]
+    return table(("NAME", "VERSION", "KIND", "RANK", "BASE", "SIZE", "DIGEST", "ALIASES"), rows, empty)
+
+
+def version_block(version: VersionInfo) -> str:
+    """All of a version, with its files."""
+    facts = block(
+        [
+            ("name", version.name),
+            ("version", version.version),
+            ("digest", version.digest),
+            ("aliases", ", ".join(version.aliases)),
+            ("kind", version.kind),
+            ("rank", version.rank),
+            ("alpha", None if version.alpha is None else f"{version.alpha:g}"),
+            ("modules", ", ".join(version.target_modules)),
+            ("parameters", f"{version.parameters:,}"),
+            ("size", size(version.nbytes)),
+            ("base", _base_of(version)),
+            ("base hash", version.base_fingerprint),
+            ("trained on", version.base_name),
+            ("license", version.license),
+            ("tags", ", ".join(version.tags)),
+            ("description", version.description),
+            ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ]
+    )
+    return f"{facts}\n\n{files_table(version.files)}"
+
+
+def files_table(files: Sequence[FileInfo]) -> str:
+    """One line a file, digests in full."""
+    return table(("FILE", "SIZE", "SHA256"), [(file.name, size(file.size), file.sha256) for file in files], "no files")
+
+
+def _reasons(verdict: Verdict) -> str:
+    return "; ".join(reason.message for reason in verdict.reasons)
+
+
+def verdict_lines(verdict: Verdict) -> str:
+    """The level, then each reason with its remedy."""
+    lines: list[tuple[str, Any]] = [("level", verdict.level.value)]
+    for reason in verdict.reasons:
+        lines += [("reason", reason.message), ("remedy", reason.remedy)]
+    return block(lines)
+
+
+def compatible_table(fits: Sequence[CompatibleAdapter], base: str) -> str:
+    """One line an adapter: level and reason."""
+    rows = [
+        (fit.verdict.level.value, f"{fit.adapter.name}@{fit.adapter.version}", fit.adapter.kind, _reasons(fit.verdict))
+        for fit in fits
+    ]
+    return table(("LEVEL", "ADAPTER", "KIND", "REASON"), rows, f"no adapter fits {base} at this level")
+
+
+def fits_table(fits: Sequence[BaseFit], adapter: str) -> str:
+    """One line a base: level and reason."""
+    rows = [(fit.verdict.level.value, fit.base.name, fit.base.architecture, _reasons(fit.verdict)) for fit in fits]
+    return table(("LEVEL", "BASE", "ARCHITECTURE", "REASON"), rows, f"{adapter} fits no registered base at this level")
+
+
+def plan_block(plan: PlanInfo) -> str:
+    """What compose would do."""
+    facts = block(
+        [
+            ("recipe", plan.recipe_text),
+            ("base", f"{plan.base} ({plan.base_fingerprint})"),
+            ("method", plan.recipe.method),
+            ("dtype", plan.recipe.dtype.value),
+            ("export", plan.recipe.export.value),
+            ("tensors", f"{plan.touched} of {plan.total} change"),
+            ("weights", size(plan.nbytes)),
+            ("memory", f"about {size(plan.peak_bytes)} at most"),
+            ("accepted", "yes" if plan.accepted else f"no: it needs more than --allow {plan.recipe.allow.value}"),
+        ]
+    )
+    rows = [
+        (item.ref, f"{item.weight:g}", item.tensors, item.verdict.level.value, _reasons(item.verdict))
+        for item in plan.adapters
+    ]
+    adapters = table(("ADAPTER", "WEIGHT", "TENSORS", "LEVEL", "REASON"), rows, "no adapters")
+    files = table(("FILE", "SIZE"), [(name, size(count)) for name, count in plan.files.items()], "no files")
+    return f"{facts}\n\n{adapters}\n\n{files}"
+
+
+def composition_block(result: CompositionInfo) -> str:
+    """What compose made."""
+    record = result.record
+    base = record.get("base", {})
+    timing = ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())
+    facts = block(
+        [
+            ("composed", result.out if not result.cached else f"{result.out} (it was there already)"),
+            ("recipe", result.recipe_text),
+            ("base", f"{base.get('ref', '-')} ({base.get('fingerprint', '-')})"),
+            ("export", result.export),
+            ("output", result.output_digest),
+            ("size", size(result.nbytes)),
+            ("seconds", timing),
+        ]
+    )
+    rows = [
+        (
+            item.get("ref"),
+            f"{item.get('weight', 1):g}",
+            (item.get("verdict") or {}).get("level"),
+            None if item.get("survival") is None else f"{item['survival']:.1%}",
+            short(item.get("digest")),
+        )
+        for item in record.get("adapters", [])
+    ]
+    adapters = table(("ADAPTER", "WEIGHT", "LEVEL", "SURVIVAL", "DIGEST"), rows, "no adapters: the base as it is")
+    outputs = record.get("outputs", {})
+    files = table(
+        ("FILE", "SIZE", "SHA256"),
+        [(name, size(entry["size"]), entry["sha256"][:12]) for name, entry in outputs.items()],
+        "no files",
+    )
+    return f"{facts}\n\n{adapters}\n\n{files}"
+
+
+def checks_table(checks: Sequence[DoctorCheck]) -> str:
+    """One line a check, and the remedies of those that failed."""
+    text = table(("", "CHECK", "DETAIL"), [("ok" if c.ok else "FAIL", c.name, c.detail) for c in checks], "no checks")
+    remedies = [f"{check.name}: {check.remedy}" for check in checks if not check.ok and check.remedy]
+    return "\n".join([text, *([""] if remedies else []), *remedies])
+
+
+def inspection(facts: dict[str, Any]) -> str:
+    """What a thing holds: its facts, and a table of its tensors."""
+    tensors = facts.get("tensors", [])
+    record = facts.get("record")
+    pairs: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if name in ("tensors", "record"):
+            continue
+        if name == "nbytes":
+            pairs.append(("size", size(value)))
+        elif isinstance(value, bool):
+            pairs.append((name, "yes" if value else "no"))
+        elif isinstance(value, int) and name == "parameters":
+            pairs.append((name, f"{value:,}"))
+        else:
+            pairs.append((name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else value))
+    if record:
+        pairs += [("recipe", record.get("recipe_text")), ("output", record.get("output_digest"))]
+        pairs += [("warnings", record.get("warnings"))]
+    rows = [(item["name"], item["dtype"], " x ".join(map(str, item["shape"]))) for item in tensors]
+    return f"{block(pairs)}\n\n{table(('TENSOR', 'DTYPE', 'SHAPE'), rows, 'no tensors')}"
