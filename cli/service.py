@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -78,6 +81,7 @@ def _run(settings: Settings, listener: socket.socket, max_upload: int | None) ->
     from registry.services.jobs import JobService
 
     local = settings.open_local()
+    app = None
     try:
         app = create_app(
             local, JobService(local), max_upload_bytes=max_upload or MAX_UPLOAD_BYTES, hosts=LOOPBACK_HOSTS
@@ -88,11 +92,15 @@ def _run(settings: Settings, listener: socket.socket, max_upload: int | None) ->
         )
         host, port = listener.getsockname()[:2]
         click.echo(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down: that is how a service ends
+            server.run(sockets=[listener])
         if not server.started:
             raise TypedError("the service did not start", remedy="look at the messages above, and at 'registry doctor'")
     finally:
         local.close()
+        if app is not None and app.state.left_behind:
+            sys.stderr.flush()
+            os._exit(0)  # a thread inside torch would make Python's own way out abort
 
 
 def _log_config() -> dict[str, Any]:

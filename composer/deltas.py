@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from composer.errors import NonFiniteError
+from composer.errors import NonFiniteError, TargetMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,10 @@ class BlockDelta(Protocol):
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the unweighted delta (or of the new tensor), float32, in the base's layout."""
+        ...
+
+    def check_base(self, base: torch.Tensor, start: int, stop: int) -> None:
+        """Raise TargetMismatchError when the adapter carries rows [start, stop) of its own base and `base` differs."""
         ...
 
 
@@ -82,6 +86,7 @@ class LowRank:
 
     Source: arXiv:2106.09685 §4.1; the order of operations is PEFT's get_delta_weight: the product in float32, then
     the scale, so that one adapter merged into bf16 equals PEFT's default merge bit for bit.
+    PEFT saves `copy`, the base's own W, along with a LoRA on an output head; it must be what this base holds.
     """
 
     target: str
@@ -89,17 +94,18 @@ class LowRank:
     b: TensorSpec
     scale: float
     transposed: bool = False
+    copy: TensorSpec | None = None
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        return (self.a, self.b)
+        return (self.a, self.b) if self.copy is None else (self.a, self.b, self.copy)
 
     @property
     def replaces(self) -> bool:
         return False
 
     def load(self) -> LoadedLowRank:
-        return LoadedLowRank(read_torch(self.a), read_torch(self.b), self.scale, self.transposed)
+        return LoadedLowRank(read_torch(self.a), read_torch(self.b), self.scale, self.transposed, self.copy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +116,29 @@ class LoadedLowRank:
     b: torch.Tensor
     scale: float
     transposed: bool
+    copy: TensorSpec | None = None
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         if self.transposed:
             return (self.b @ self.a[:, start:stop]).T.mul(self.scale)
         return (self.b[start:stop] @ self.a).mul_(self.scale)
+
+    def check_base(self, base: torch.Tensor, start: int, stop: int) -> None:
+        import torch
+
+        if self.copy is None:
+            return
+        width = self.copy.nbytes // self.copy.shape[0]
+        raw = self.copy.read_bytes(start * width, stop * width)
+        own = torch.frombuffer(raw, dtype=torch_dtype(self.copy.dtype)).reshape(base.shape).to(base.dtype)
+        if not torch.equal(own, base):
+            raise TargetMismatchError(
+                f"the adapter carries its base's {self.copy.name}, and this base holds other values",
+                expected="the base that the adapter was trained on",
+                found=f"differences in rows {start} to {stop - 1}",
+                remedy="compose it with its own base",
+                keys=[self.copy.name],
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +168,6 @@ class LoadedReplace:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.tensor[start:stop]
+
+    def check_base(self, base: torch.Tensor, start: int, stop: int) -> None:
+        """It takes the base's place, whatever that holds."""

@@ -12,7 +12,7 @@ The output keeps the base's files and order, so the plan is also an honest dry r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from composer.adapters import Adapter
@@ -32,6 +32,9 @@ from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
 BLOCK_BYTES = 64 << 20
+# A matrix product cut into blocks has the bits of the whole one only where the cuts lie on the tiles of the BLAS
+# kernels and no block is so small that another kernel takes it; 64 rows satisfy MKL's.
+ROW_TILE = 64
 SAFETENSORS_DTYPE = {Dtype.BF16: "BF16", Dtype.FP16: "F16", Dtype.FP32: "F32"}
 
 
@@ -73,9 +76,19 @@ class TensorJob:
 
     @property
     def block_rows(self) -> int:
-        """How many rows are merged at once, so that a float32 block stays within BLOCK_BYTES."""
-        rows, columns = self.matrix
-        return max(1, min(rows, BLOCK_BYTES // (4 * max(columns, 1))))
+        """How many rows are merged at once: a float32 block stays within BLOCK_BYTES, and is at least one tile."""
+        fitting = BLOCK_BYTES // (4 * max(self.matrix[1], 1))
+        return max(ROW_TILE, fitting - fitting % ROW_TILE)
+
+    @property
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each block; a last one smaller than a tile goes with the one before it."""
+        rows, start = self.matrix[0], 0
+        while start < rows:
+            stop = start + self.block_rows
+            stop = rows if rows - stop < ROW_TILE else stop
+            yield start, stop
+            start = stop
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -248,8 +261,8 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec) -> str:
 def _job_bytes(job: TensorJob) -> int:
     if job.copied:
         return 4 << 20
-    _, columns = job.matrix
-    block = job.block_rows * columns
+    rows, columns = job.matrix
+    block = min(rows, job.block_rows + ROW_TILE - 1) * columns
     factors = sum(math.prod(source.shape) * 4 for item in job.deltas for source in item.delta.sources)
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize + 4 * len(job.deltas)

@@ -37,11 +37,13 @@ def composition_record(
     adapters = []
     warnings: list[str] = list(inputs.get("warnings", ()))
     known = inputs.get("adapters") or [{} for _ in plan.terms]
-    for term, share, norm, entry in zip(plan.terms, survival.shares(), survival.norms(), known, strict=True):
+    replacing = {item.term for job in plan.jobs for item in job.deltas if item.delta.replaces}
+    measured = zip(plan.terms, survival.shares(), survival.norms(), known, strict=True)
+    for index, (term, share, norm, entry) in enumerate(measured):
         adapters.append(
             {"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"), "survival": share}
         )
-        if term.weight and norm == 0 and not any(i.delta.replaces for job in plan.jobs for i in job.deltas):
+        if term.weight and norm == 0 and index not in replacing:
             warnings.append(f"{term.label} changes nothing: its delta is zero")
         elif share is not None and share < LOW_SURVIVAL:
             warnings.append(f"only {share:.0%} of {term.label} survives rounding: compose with --dtype fp16 or fp32")

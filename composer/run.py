@@ -105,12 +105,13 @@ def _write_tensor(job: TensorJob, plan: Plan, writer: HashingWriter, survival: S
     method = find_method(plan.recipe.method)
     loaded = [(item, item.delta.load()) for item in job.deltas]
     width = job.source.nbytes // max(rows, 1)
-    for start in range(0, rows, job.block_rows):
-        stop = min(rows, start + job.block_rows)
+    for start, stop in job.blocks:
         raw = job.source.read_bytes(start * width, stop * width)
         if not raw:
             continue
         base = torch.frombuffer(raw, dtype=torch_dtype(job.source.dtype)).reshape(stop - start, columns)
+        for _, delta in loaded:
+            delta.check_base(base, start, stop)
         blocks = [(item, delta.rows(start, stop).reshape(stop - start, columns)) for item, delta in loaded]
         if blocks and blocks[0][0].delta.replaces:
             result = cast_block(blocks[0][1], job.dtype, job.source.name)

@@ -99,9 +99,7 @@ def read_tensors(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return {
-        name: tensor
-        for path in sorted(folder.glob("model*.safetensors"))
-        for name, tensor in load_file(path).items()
+        name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()
     }
 
 

@@ -1,6 +1,7 @@
 """LoRA as PEFT saves it (arXiv:2106.09685), with rsLoRA (arXiv:2312.03732).
 
 base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
+base_model.model.<module>.base_layer.weight          the base's own W, which PEFT saves along with a LoRA on a head
 base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
 
 W += s·B·A     s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
@@ -22,6 +23,7 @@ __all__ = ["Lora"]
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|original_module)(?=\.)")
 UNMERGEABLE_TENSORS = {
     "lora_magnitude_vector": "DoRA",
@@ -86,6 +88,15 @@ class Lora:
             )
         for module, sides in factors.items():
             _check_pair(module, sides)
+        for module, copy in _copies(header).items():
+            shape = (factors[module]["B"].shape[0], factors[module]["A"].shape[1])
+            if copy.shape != (shape[::-1] if config.get("fan_in_fan_out") else shape):
+                raise CorruptFileError(
+                    f"{copy.name} does not have the shape of its LoRA",
+                    expected=list(shape),
+                    found=list(copy.shape),
+                    remedy="the file is damaged: save the adapter again",
+                )
         for spec in header.tensors.values():
             if spec.dtype not in FLOAT_DTYPES:
                 raise CorruptFileError(
@@ -115,10 +126,12 @@ class Lora:
     def deltas(self, config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Delta]:
         """One LowRank a module, one Replace a whole tensor."""
         deltas: list[Delta] = []
+        copies = _copies(header)
+        transposed = bool(config.get("fan_in_fan_out"))
         for module, sides in _factors(header).items():
             scale = lora_scale(config, module, sides["A"].shape[0])
             target = names[f"{module}.weight"]
-            deltas.append(LowRank(target, sides["A"], sides["B"], scale, bool(config.get("fan_in_fan_out"))))
+            deltas.append(LowRank(target, sides["A"], sides["B"], scale, transposed, copies.get(module)))
         deltas += [Replace(names[parameter], spec) for parameter, spec in _whole(header).items()]
         return deltas
 
@@ -178,11 +191,19 @@ def _factors(header: SafetensorsHeader) -> dict[str, dict[str, TensorSpec]]:
     return found
 
 
+def _copies(header: SafetensorsHeader) -> dict[str, TensorSpec]:
+    """The base's own weights in the file, by the LoRA module they belong to."""
+    factors = _factors(header)
+    matches = ((COPY.fullmatch(name.removeprefix(PREFIX)), spec) for name, spec in header.tensors.items())
+    return {match["module"]: spec for match, spec in matches if match and match["module"] in factors}
+
+
 def _whole(header: SafetensorsHeader) -> dict[str, TensorSpec]:
+    copies = {spec.name for spec in _copies(header).values()}
     return {
         WRAPPED.sub("", name.removeprefix(PREFIX)): spec
         for name, spec in sorted(header.tensors.items())
-        if not FACTOR.fullmatch(name.removeprefix(PREFIX))
+        if name not in copies and not FACTOR.fullmatch(name.removeprefix(PREFIX))
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,19 @@ def test_a_queued_job_can_be_cancelled(registry: Any, client: TestClient, filled
     assert idle.delete(f"{API}/jobs/{job['id']}").json()["state"] == "cancelled"
     error(idle.get(f"{API}/jobs/{job['id']}/files"), 409)
     client.app.state.jobs.start()  # type: ignore[attr-defined]
+
+
+def test_a_job_that_does_not_stop_does_not_hold_the_service(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shutdown waits for the worker, but not for ever: a long step has no place to stop at."""
+    jobs, release = JobService(registry), threading.Event()
+    monkeypatch.setattr("registry.api.app.STOP_S", 0.2)
+    monkeypatch.setattr(jobs, "stop", lambda: release.wait(60))
+    started = time.monotonic()
+    with TestClient(create_app(registry, jobs)) as client:
+        assert client.get("/healthz").status_code == 200
+    assert time.monotonic() - started < 20
+    release.set()
+    JobService.stop(jobs)
 
 
 @pytest.mark.parametrize("path", ["./tiny", "/etc", "~/x", "../up", "a/b/c"])

@@ -251,7 +251,7 @@ def test_nobody_there_is_told_with_the_url() -> None:
     with pytest.raises(ServiceUnreachableError, match=r"127\.0\.0\.1:9") as refused:
         RemoteRegistry("http://127.0.0.1:9").list_bases()
     assert "registry serve" in str(refused.value.remedy)
-    for url in ("not a url", "ftp://x", "http://[", ""):
+    for url in ("not a url", "ftp://x", "http://host:port", ""):
         with pytest.raises(errors.UsageError):
             RemoteRegistry(url).list_bases()
 
