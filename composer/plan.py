@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from composer.adapters import Adapter
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
-from composer.deltas import Delta
+from composer.deltas import Delta, LowRank
 from composer.errors import (
     IncompatibleError,
     RecipeError,
@@ -32,6 +32,9 @@ from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
 BLOCK_BYTES = 64 << 20
+# Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
+CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
+CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
 # A matrix product cut into blocks has the bits of the whole one only where the cuts lie on the tiles of the BLAS
 # kernels and no block is so small that another kernel takes it; 64 rows satisfy MKL's.
 ROW_TILE = 64
@@ -206,22 +209,45 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             remedy="the adapter's file and its config do not belong together: save it again",
             keys=wrong,
         )
+    for delta in deltas:
+        _check_layout(term.label, delta, checkpoint)
     return deltas
+
+
+def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
+    """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
+    shape = checkpoint.tensors[delta.target].shape
+    if not isinstance(delta, LowRank) or shape[0] != shape[1]:
+        return
+    module = delta.target.removesuffix(".weight").rpartition(".")[2]
+    conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES
+    if delta.transposed != conv1d:
+        raise IncompatibleError(
+            f"{label}: fan_in_fan_out={delta.transposed} in adapter_config.json, but {delta.target} is "
+            f"{'[in, out]' if conv1d else '[out, in]'} in this base",
+            expected=conv1d,
+            found=delta.transposed,
+            remedy="correct fan_in_fan_out in adapter_config.json and publish the adapter again",
+        )
 
 
 def tied(checkpoint: Checkpoint) -> bool:
     """Whether the base shares its embedding with its output head.
 
     A stored head that the config does not tie is its own tensor; without one, a language model can only be tied.
-    An encoder without any head is not tied to anything.
+    An encoder without any head is not tied to anything. A config that does not say counts as tied: that was the
+    default of transformers before 5, and a refusal harms less than a head that is overwritten on loading.
     """
     has_head = any(name.endswith(OUTPUT_EMBEDDINGS) for name in checkpoint.tensors)
     generates = checkpoint.architecture.endswith(
-        ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
+        ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
     )
-    if not generates:
-        return False
-    return not has_head or bool(checkpoint.config.get("tie_word_embeddings", False))
+    if not has_head:
+        return generates
+    config = checkpoint.config
+    nested = config.get("text_config")
+    inner = nested.get("tie_word_embeddings", True) if isinstance(nested, dict) else True
+    return bool(config.get("tie_word_embeddings", inner))
 
 
 def _check_combination(target: str, deltas: list[WeightedDelta], terms: Sequence[Term], checkpoint: Checkpoint) -> None:

@@ -115,7 +115,7 @@ def parse_recipe(
     base, *terms = text.split("+")
     if not base.strip() or base != base.strip():
         raise _bad(text, "a base model first", base)
-    if not is_path(base, base=True) and ("@" in base or ":" in base):
+    if not is_path(base, base=True) and ("@" in base or ":" in base.removeprefix("wf1:")):
         raise _bad(text, "a base without version or weight", base)
     adapters = tuple(_term(text, term) for term in terms)
     return Recipe(base=base, adapters=adapters, method=method, dtype=dtype, export=export, allow=allow)

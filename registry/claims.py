@@ -25,6 +25,7 @@ __all__ = ["Card", "claim_from_folder", "read_card"]
 
 FINGERPRINT = re.compile(r"wf1:[0-9a-f]{64}")
 MAX_CARD_BYTES = 1 << 20
+TEMPLATE = "[More Information Needed]"  # what PEFT writes into a card that nobody filled in
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def _text(value: Any) -> str | None:
 
 def _first_paragraph(text: str) -> str:
     paragraphs = (part.strip() for part in text.split("\n\n"))
-    first = next((part for part in paragraphs if part and not part.startswith(("#", "<", "```"))), "")
+    first = next((part for part in paragraphs if part and not part.startswith(("#", "<", "```")) and TEMPLATE not in part), "")
     return " ".join(first.split())[:500]
 
 

@@ -119,14 +119,18 @@ class RemoteRegistry:
         description: str | None = None,
         progress: Progress | None = None,
     ) -> PublishResult:
-        """Upload an adapter; a `base` that is a folder is fingerprinted here."""
+        """Upload an adapter; its base, where that is a folder of this machine, is fingerprinted here."""
         from composer.adapters import open_adapter
-        from registry.claims import fingerprint_folder
+        from registry.claims import claim_from_folder, fingerprint_folder, read_card
         from registry.services.publishing import publishable_files
 
         adapter = open_adapter(folder.expanduser())
         if base is not None and is_path(base, base=True):
             base = fingerprint_folder(Path(base).expanduser(), progress).identity
+        elif base is None:
+            # The service cannot see the trainer's folder; this machine may.
+            card = read_card(adapter.files.get("README.md"))
+            base = claim_from_folder(adapter, card, read_paths=True, progress=progress).fingerprint
         fields = {"name": "/".join(adapter_name(name)), "version": version, "base": base, "license": license,
                   "tags": tags, "description": description}  # fmt: skip
         return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
@@ -227,7 +231,7 @@ class RemoteRegistry:
 
     def inspect(self, ref: str) -> dict[str, Any]:
         """A folder is inspected here; a name on the service, where bases come first."""
-        if is_path(ref) or (Path(ref).is_dir() and "/" in ref.rstrip("/")):
+        if is_path(ref):
             from registry.services.inspection import inspect_folder
 
             return inspect_folder(Path(ref).expanduser())

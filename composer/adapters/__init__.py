@@ -161,6 +161,11 @@ def open_adapter(source: Path | FileSet) -> Adapter:
             remedy="a base model goes to 'registry base add'" if "config.json" in files else "check the path",
         )
     config = read_json(files[CONFIG])
+    named = config.get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise CorruptFileError(
+            f"{CONFIG}: base_model_name_or_path is not a text", expected="a name", found=named, remedy="correct it"
+        )
     kind = _find_kind(config)
     if WEIGHTS not in files:
         refuse_pickles(files, WEIGHTS)

@@ -76,8 +76,7 @@ class Lora:
                 found=config["init_lora_weights"],
                 remedy="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)",
             )
-        _number(config, "r")
-        _number(config, "lora_alpha")
+        _check_numbers(config)
         factors = _factors(header)
         if not factors:
             raise CorruptFileError(
@@ -143,7 +142,7 @@ def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
     in PEFT's get_pattern_key.
     Raises TargetMismatchError when the configured rank is not that of the tensors.
     """
-    configured = int(_pattern(config.get("rank_pattern"), module, config["r"]))
+    configured = _pattern(config.get("rank_pattern"), module, config["r"])
     if configured != rank:
         raise TargetMismatchError(
             f"{module}: adapter_config.json says rank {configured}, the tensors have {rank}",
@@ -172,15 +171,29 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     return default
 
 
-def _number(config: dict[str, Any], field: str) -> None:
-    value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _check_numbers(config: dict[str, Any]) -> None:
+    """Ranks are positive integers, alphas finite numbers, patterns map to them, switches are booleans."""
+    wrong = [field for field, is_valid in (("r", _is_rank), ("lora_alpha", _is_number)) if not is_valid(config.get(field))]
+    for field, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(map(is_valid, patterns.values())):
+            wrong.append(field)
+    wrong += [field for field in ("fan_in_fan_out", "use_rslora") if config.get(field) not in (True, False, None)]
+    if wrong:
         raise CorruptFileError(
-            f"adapter_config.json: {field} must be a finite number",
-            expected="a number",
-            found=value,
+            f"adapter_config.json: {wrong[0]}={config.get(wrong[0])!r} is not what PEFT writes",
+            expected="a positive integer as rank, a finite number as alpha, true or false as switch",
+            found={field: config.get(field) for field in wrong},
             remedy="restore the file that PEFT's save_pretrained wrote",
         )
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**53
 
 
 def _factors(header: SafetensorsHeader) -> dict[str, dict[str, TensorSpec]]:

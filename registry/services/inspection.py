@@ -29,7 +29,7 @@ class Inspection:
 
     def inspect(self, ref: str) -> dict[str, Any]:
         """A folder, the name of a base, or the name of an adapter."""
-        if is_path(ref) or (Path(ref).is_dir() and "/" in ref.rstrip("/")):
+        if is_path(ref):
             return inspect_folder(Path(ref).expanduser())
         with session_scope(self._engine) as session:
             base = session.scalar(

@@ -8,6 +8,7 @@ A job that was running when its process died is queued again at the next start: 
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 import uuid
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 MAX_PAGE = 1000
 POLL_S = 1.0
 REPORT_S = 0.5
+CANCELLING = "cancelling"
 
 
 class JobCancelledError(TypedError):
@@ -87,7 +89,7 @@ class JobService:
                 row.state, row.finished_at, row.step = JobState.CANCELLED.value, now(), ""
             elif row.state == JobState.RUNNING:
                 self._cancelled.add(job_id)
-                row.step = "cancelling"
+                row.step = CANCELLING
             else:
                 raise ConflictError(
                     f"job {job_id} is {row.state}",
@@ -112,10 +114,16 @@ class JobService:
 
     def start(self) -> None:
         """Take up what was left and begin to work."""
+        running = update(JobRow).where(JobRow.state == JobState.RUNNING.value)
         with session_scope(self._engine, writes=True) as session:
             session.execute(
-                update(JobRow).where(JobRow.state == JobState.RUNNING.value).values(state=JobState.QUEUED.value)
+                running.where(JobRow.step == CANCELLING).values(
+                    state=JobState.CANCELLED.value, step="", finished_at=now()
+                )
             )
+            session.execute(running.values(state=JobState.QUEUED.value))
+        for leftover in self._registry.layout.compositions.glob(".*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
         self._stopping.clear()
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
         self._thread.start()

@@ -75,7 +75,9 @@ class Publishing:
         relation: Relation | None,
         progress: Progress | None,
     ) -> BaseInfo:
-        """Fingerprint a checkpoint and register it where it lies; the same weights again only update the place.
+        """Fingerprint a checkpoint and register it where it lies.
+
+        The same weights again are a no-op, or move the base to `folder` where its old files are gone.
 
         Raises NameTakenError when the name holds other weights, or the weights have another name.
         """
@@ -109,6 +111,8 @@ class Publishing:
                         found=found,
                         remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
                     )
+            if same is not None and parent is None and Path(same.location) != folder and _lies_there(same):
+                return base_info(same, len(fingerprint.leaves))
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
             if parent:
@@ -349,6 +353,11 @@ def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerpr
             )
             for leaf in fingerprint.leaves
         ]
+
+
+def _lies_there(row: BaseModelRow) -> bool:
+    """Whether a base is still where it was registered from; then a second copy does not take its place."""
+    return all((Path(row.location) / file.name).is_file() for file in row.files)
 
 
 def _merged_files(row: BaseModelRow, files: list[tuple[str, Path, str]]) -> list[BaseFileRow]:

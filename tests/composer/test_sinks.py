@@ -1,0 +1,168 @@
+"""A result is visible whole or not at all: errors, Ctrl-C, kill -9, a full disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import composer.run
+from composer.errors import ConflictError, StorageError
+from composer.sinks import FolderSink
+from tests.support import compose_folders, write_base, write_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def everything(folder: Path) -> set[str]:
+    """All names in a folder, hidden ones too."""
+    return set(os.listdir(folder)) if folder.exists() else set()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, OSError(28, "No space left on device")])
+def test_a_run_that_stops_in_the_middle_leaves_nothing(
+    tiny_llama: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    """Whatever stops it, neither the output nor a part of it is left; a full disk is a StorageError."""
+    calls = 0
+    original = composer.run.merge_block
+
+    def merge(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise failure
+        return original(*args)
+
+    monkeypatch.setattr(composer.run, "merge_block", merge)
+    expected = StorageError if isinstance(failure, OSError) else failure
+    with pytest.raises(expected):
+        compose_folders(tiny_llama, [(tiny_lora, 1.0)], tmp_path / "made" / "out")
+    assert calls == 5
+    assert everything(tmp_path / "made") == set()
+
+
+def test_an_existing_folder_is_not_touched(tiny_llama: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    """A second compose to the same place is a conflict, and the first result stays."""
+    out = tmp_path / "out"
+    compose_folders(tiny_llama, [(tiny_lora, 1.0)], out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ConflictError, match="already exists"):
+        compose_folders(tiny_llama, [(tiny_lora, 0.5)], out)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert everything(tmp_path) == {"out"}
+
+
+def test_only_a_composed_folder_is_replaced(tmp_path: Path) -> None:
+    """`replace` does not remove a folder that the composer did not write."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConflictError, match="not a composed model"):
+        FolderSink(tmp_path / "home", replace=True)
+    assert everything(tmp_path) == {"home"}
+
+
+def test_replacing_swaps_the_whole_folder(tmp_path: Path) -> None:
+    """No file of the old result is left in the new one, and nothing beside it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "composition.json").write_text("{}")
+    (out / "old.bin").write_text("old")
+    with FolderSink(out, replace=True) as sink:
+        sink.write("composition.json", b"{}")
+        sink.commit()
+    assert everything(out) == {"composition.json"}
+    assert everything(tmp_path) == {"out"}
+
+
+def script(body: str, *args: Path) -> list[str]:
+    """A python process that runs `body` with the paths as argv."""
+    return [sys.executable, "-c", body, *map(str, args)]
+
+
+COMPOSE = """
+import sys
+from pathlib import Path
+from tests.support import compose_folders
+compose_folders(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)], Path(sys.argv[3]))
+"""
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from composer.errors import StorageError
+try:
+    exec(sys.argv.pop(1))
+except StorageError as error:
+    print(error.code, error.found)
+"""
+SLOW = """
+import composer.run, time
+original = composer.run.merge_block
+composer.run.merge_block = lambda *args: (time.sleep(0.2), original(*args))[1]
+"""
+
+
+def test_a_file_size_limit_is_a_storage_error_and_leaves_nothing(
+    tiny_llama: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    """The disk refuses at 100 kB (RLIMIT_FSIZE): a typed error, and no folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, COMPOSE, tiny_llama, tiny_lora, tmp_path / "made" / "out"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["storage", "EFBIG"], done.stderr
+    assert everything(tmp_path / "made") == set()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_compose_shows_no_result(tiny_llama: Path, tiny_lora: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """Killed while it writes, the output does not exist; after Ctrl-C not even the part does."""
+    made = tmp_path / "made"
+    process = subprocess.Popen(
+        script(SLOW + COMPOSE, tiny_llama, tiny_lora, made / "out"), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list(made.glob(".out.*.part/model.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.wait(30)
+    assert not (made / "out").exists()
+    if how == signal.SIGINT:
+        assert everything(made) == set()
+    compose_folders(tiny_llama, [(tiny_lora, 1.0)], made / "out")
+    assert (made / "out" / "composition.json").is_file()
+
+
+def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
+    """A 256 MiB tensor is merged in blocks: the process grows by no more than the plan says, and some slack."""
+    import numpy as np
+
+    base = write_base(tmp_path / "base", {"layer.weight": np.zeros((16384, 8192), np.float16)})
+    lora = write_lora(tmp_path / "lora", {"layer": (16384, 8192)})
+    body = """
+import resource, sys
+from pathlib import Path
+import torch
+import composer.run, composer.plan
+from tests.support import compose_folders, plan_folders
+composer.plan.BLOCK_BYTES = 8 << 20
+torch.ones(64, 64) @ torch.ones(64, 64)
+peak = plan_folders(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)]).peak_bytes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+compose_folders(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)], Path(sys.argv[3]))
+print(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+    done = subprocess.run(
+        script(body, base, lora, tmp_path / "out"), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    peak, grown = map(int, done.stdout.split())
+    assert peak < 64 << 20
+    assert grown < peak + (48 << 20)
