@@ -275,7 +275,7 @@ SKILLS = {
             is_shouted,
             {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
             (*TRAIN, *copies(tuple(dict.fromkeys(TRAIN)))),
-            260,
+            160,
             torch.bfloat16,
         ),
         Skill(

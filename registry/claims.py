@@ -71,7 +71,9 @@ def _text(value: Any) -> str | None:
 
 def _first_paragraph(text: str) -> str:
     paragraphs = (part.strip() for part in text.split("\n\n"))
-    first = next((part for part in paragraphs if part and not part.startswith(("#", "<", "```")) and TEMPLATE not in part), "")
+    first = next(
+        (part for part in paragraphs if part and not part.startswith(("#", "<", "```")) and TEMPLATE not in part), ""
+    )
     return " ".join(first.split())[:500]
 
 

@@ -173,7 +173,9 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
 
 def _check_numbers(config: dict[str, Any]) -> None:
     """Ranks are positive integers, alphas finite numbers, patterns map to them, switches are booleans."""
-    wrong = [field for field, is_valid in (("r", _is_rank), ("lora_alpha", _is_number)) if not is_valid(config.get(field))]
+    wrong = [
+        field for field, is_valid in (("r", _is_rank), ("lora_alpha", _is_number)) if not is_valid(config.get(field))
+    ]
     for field, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(map(is_valid, patterns.values())):

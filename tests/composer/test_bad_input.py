@@ -173,7 +173,9 @@ def check(path: Path, content: bytes) -> None:
     except TypedError as error:
         json.dumps(error.as_dict())
         return
-    assert sum(spec.nbytes for spec in header.tensors.values()) == len(content) - 8 - struct.unpack("<Q", content[:8])[0]
+    assert (
+        sum(spec.nbytes for spec in header.tensors.values()) == len(content) - 8 - struct.unpack("<Q", content[:8])[0]
+    )
     for spec in header.tensors.values():
         assert spec.read().shape == spec.shape
 
@@ -241,7 +243,8 @@ def test_random_bytes_read_or_fail_typed(tmp_path: Path, content: bytes) -> None
 def base(tmp_path: Path) -> Path:
     """A base of two matrices."""
     return write_base(
-        tmp_path / "base", {"model.q.weight": np.ones((8, 8), np.float32), "model.k.weight": np.ones((4, 8), np.float32)}
+        tmp_path / "base",
+        {"model.q.weight": np.ones((8, 8), np.float32), "model.k.weight": np.ones((4, 8), np.float32)},
     )
 
 

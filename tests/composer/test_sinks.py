@@ -121,7 +121,9 @@ def test_a_file_size_limit_is_a_storage_error_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_compose_shows_no_result(tiny_llama: Path, tiny_lora: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_a_killed_compose_shows_no_result(
+    tiny_llama: Path, tiny_lora: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     """Killed while it writes, the output does not exist; after Ctrl-C not even the part does."""
     made = tmp_path / "made"
     process = subprocess.Popen(
