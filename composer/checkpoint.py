@@ -53,7 +53,7 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The class named by the config, such as LlamaForCausalLM."""
-        return (self.config.get("architectures") or [self.config.get("model_type", "unknown")])[0]
+        return (self.config.get("architectures") or [self.config.get("model_type") or "unknown"])[0]
 
     @property
     def sharded(self) -> bool:
@@ -78,6 +78,7 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
             remedy="give the adapter to 'registry publish'" if adapter else "give a folder saved by save_pretrained",
         )
     config = read_json(files["config.json"])
+    _check_config(config)
     if "auto_map" in config:
         raise UnsafeFormatError(
             f"{where} needs remote code (auto_map in config.json)",
@@ -99,6 +100,22 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
     if INDEX in files:
         _check_index(files, tensors, {shard.name: set(shard.header.tensors) for shard in shards})
     return Checkpoint(files, config, shards, tensors)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        field, expected = "architectures", "a list of class names"
+    elif not isinstance(config.get("model_type") or "", str):
+        field, expected = "model_type", "a name of the transformers library"
+    else:
+        return
+    raise CorruptFileError(
+        f"config.json: {field} is not {expected}",
+        expected=expected,
+        found=config[field],
+        remedy="fetch config.json again, or save the model anew with save_pretrained",
+    )
 
 
 def _shard_names(files: FileSet, where: str) -> list[str]:

@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist", remedy="check the path", path=path) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
         raise CorruptFileError(
             f"{path.name} is not valid JSON: {error}", expected="a JSON object", found=str(error), path=path
         ) from None
