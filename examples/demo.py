@@ -25,8 +25,8 @@ REGISTRY = Path(sys.executable).parent / "registry"
 BASE = DEMO / "smollm2"
 WRONG = DEMO / "smollm2-changed"
 ONE = "smollm2+team/shout"
-TWO = "smollm2+team/shout:0.7+team/json:0.7"
-QUESTIONS = ("What is the capital of France?", "What colour is the sky?")
+TWO = "smollm2+team/shout:0.9+team/json:0.9"
+QUESTIONS = ("What is the opposite of hot?", "What is 2 plus 2?")
 ANSWER_TOKENS = 24
 TIMES: list[tuple[str, float]] = []
 
@@ -119,12 +119,25 @@ def onnx_answers(folder: Path) -> Callable[[str], str]:
     return ask
 
 
-def compare(answers: dict[str, Callable[[str], str]]) -> None:
+def answer(name: str, folder: Path, load: Callable[[Path], Callable[[str], str]]) -> list[str]:
+    """One model's answer to every question; kept beside the model's folder, and asked again when the model changed."""
+    kept = DEMO / "answers" / f"{name}.json"
+    asked = {"questions": QUESTIONS, "model": str(folder), "made": (folder / "config.json").stat().st_mtime_ns}
+    if kept.exists() and (found := json.loads(kept.read_text()))["asked"] == json.loads(json.dumps(asked)):
+        return found["answers"]
+    ask = load(folder)
+    answers = [ask(question) for question in QUESTIONS]
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps({"asked": asked, "answers": answers}))
+    return answers
+
+
+def compare(answers: dict[str, list[str]]) -> None:
     """Every model's answer to every question."""
-    for question in QUESTIONS:
+    for index, question in enumerate(QUESTIONS):
         print(f"\n  {question}")
-        for name, ask in answers.items():
-            print(f"    {name:<24} {ask(question)}", flush=True)
+        for name, given in answers.items():
+            print(f"    {name:<24} {given[index]}", flush=True)
 
 
 def main() -> None:
@@ -157,15 +170,14 @@ def main() -> None:
 
     heading("Ask them")
     with timed("answer in torch and ONNX Runtime"):
-        compare(
-            {
-                "base": torch_answers(BASE),
-                "+shout": torch_answers(one),
-                "+shout, ONNX": onnx_answers(one_onnx),
-                "+shout+json": torch_answers(two),
-                "+shout+json, ONNX": onnx_answers(two_onnx),
-            }
-        )
+        models = {
+            "base": (BASE, torch_answers),
+            "+shout": (one, torch_answers),
+            "+shout, ONNX": (one_onnx, onnx_answers),
+            "+shout+json": (two, torch_answers),
+            "+shout+json, ONNX": (two_onnx, onnx_answers),
+        }
+        compare({name: answer(name, *model) for name, model in models.items()})
 
     heading("A wrong base: the same shapes, other weights")
     with timed("refuse a wrong base"):
