@@ -101,8 +101,10 @@ try:
 except StorageError as error:
     print(error.code, error.found)
 """
+# A shell that starts the suite in the background has its children ignore Ctrl-C.
 SLOW = """
-import composer.run, time
+import composer.run, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 original = composer.run.merge_block
 composer.run.merge_block = lambda *args: (time.sleep(0.2), original(*args))[1]
 """
