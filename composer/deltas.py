@@ -1,35 +1,36 @@
-"""Changes to one tensor of the base, computed a block of rows at a time.
+"""Changes to one tensor of the base, computed a block of rows at a time in float32 numpy arrays.
 
     LowRank    W += weight · scale · B·A           LoRA
     Replace    W  = tensor                         modules_to_save, trained biases
 
-A delta knows where its tensors lie; `load()` reads them when the run comes to that tensor and not before.
+A delta knows where its tensors lie; `load()` reads them when the run comes to that tensor and not before. A kind whose
+new weight W' is not a sum (IA3, OFT, DoRA) gives W' − W, which `rows` may compute from the base's own rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from composer.errors import NonFiniteError, TargetMismatchError
+from composer.product import product
+from composer.tensors import DTYPES, TensorSpec
 
-if TYPE_CHECKING:
-    import torch
-
-    from composer.tensors import TensorSpec
-
-__all__ = ["BlockDelta", "Delta", "LowRank", "Replace", "read_torch"]
+__all__ = ["BlockDelta", "Delta", "LowRank", "Replace", "read_array"]
 
 
 class BlockDelta(Protocol):
     """A loaded delta: float32 rows on demand."""
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the unweighted delta (or of the new tensor), float32, in the base's layout."""
-        ...
+    def rows(self, start: int, stop: int, base: np.ndarray) -> np.ndarray:
+        """Rows [start, stop) of the unweighted delta (or of the new tensor), in the base's layout.
 
-    def check_base(self, base: torch.Tensor, start: int, stop: int) -> None:
-        """Raise TargetMismatchError when the adapter carries rows [start, stop) of its own base and `base` differs."""
+        base: the base's own rows [start, stop) as float32 [stop - start, numbers a row], not to be changed. Returns a
+        new float32 array of that shape. May be called from several threads at once. Raises TargetMismatchError when the
+        adapter carries a copy of its base's rows and these differ.
+        """
         ...
 
 
@@ -43,7 +44,7 @@ class Delta(Protocol):
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        """The adapter tensors consumed."""
+        """The adapter tensors consumed; one that several deltas share is listed by each."""
         ...
 
     @property
@@ -51,33 +52,28 @@ class Delta(Protocol):
         """Whether `rows` is the new value and not an addition."""
         ...
 
+    @property
+    def whole(self) -> bool:
+        """Whether `rows` needs all rows of the base at once (it mixes rows, or takes norms of columns)."""
+        ...
+
     def load(self) -> BlockDelta:
-        """Read the adapter tensors into memory as float32."""
+        """Read the adapter tensors into memory."""
         ...
 
 
-def read_torch(spec: TensorSpec) -> torch.Tensor:
+def read_array(spec: TensorSpec) -> np.ndarray:
     """An adapter tensor as float32. Raises NonFiniteError when it holds NaN or infinity."""
-    import torch
-
-    tensor = torch.frombuffer(spec.read_bytes(0, spec.nbytes), dtype=torch_dtype(spec.dtype))
-    tensor = tensor.reshape(spec.shape).to(torch.float32)
-    if not bool(torch.isfinite(tensor).all()):
+    array = spec.read().astype(np.float32)
+    if not np.isfinite(array).all():
         raise NonFiniteError(
             f"{spec.path.name}: {spec.name} holds NaN or infinity",
             expected="finite numbers",
-            found=int((~torch.isfinite(tensor)).sum()),
+            found=int((~np.isfinite(array)).sum()),
             remedy="the training diverged: publish an earlier step",
             tensor=spec.name,
         )
-    return tensor
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors float dtype name."""
-    import torch
-
-    return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[name]
+    return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,43 +91,40 @@ class LowRank:
     scale: float
     transposed: bool = False
     copy: TensorSpec | None = None
+    replaces: bool = False
+    whole: bool = False
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
         return (self.a, self.b) if self.copy is None else (self.a, self.b, self.copy)
 
-    @property
-    def replaces(self) -> bool:
-        return False
-
     def load(self) -> LoadedLowRank:
-        return LoadedLowRank(read_torch(self.a), read_torch(self.b), self.scale, self.transposed, self.copy)
+        a, b = read_array(self.a), read_array(self.b)
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        return LoadedLowRank(np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(self.scale), self.copy)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedLowRank:
-    """The factors in memory, float32."""
+    """scale · left·right in the base's own layout: left [rows, r], right [r, columns], float32."""
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    transposed: bool
+    left: np.ndarray
+    right: np.ndarray
+    scale: np.float32
     copy: TensorSpec | None = None
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        if self.transposed:
-            return (self.b @ self.a[:, start:stop]).T.mul(self.scale)
-        return (self.b[start:stop] @ self.a).mul_(self.scale)
+    def rows(self, start: int, stop: int, base: np.ndarray) -> np.ndarray:
+        self.check_base(start, stop, base)
+        return product(self.left[start:stop], self.right) * self.scale
 
-    def check_base(self, base: torch.Tensor, start: int, stop: int) -> None:
-        import torch
-
+    def check_base(self, start: int, stop: int, base: np.ndarray) -> None:
+        """Raise TargetMismatchError when the adapter carries these rows of its base and `base` (float32) differs."""
         if self.copy is None:
             return
         width = self.copy.nbytes // self.copy.shape[0]
         raw = self.copy.read_bytes(start * width, stop * width)
-        own = torch.frombuffer(raw, dtype=torch_dtype(self.copy.dtype)).reshape(base.shape).to(base.dtype)
-        if not torch.equal(own, base):
+        own = np.frombuffer(raw, DTYPES[self.copy.dtype]).reshape(base.shape).astype(np.float32)
+        if not np.array_equal(own, base):
             raise TargetMismatchError(
                 f"the adapter carries its base's {self.copy.name}, and this base holds other values",
                 expected="the base that the adapter was trained on",
@@ -147,27 +140,22 @@ class Replace:
 
     target: str
     tensor: TensorSpec
+    replaces: bool = True
+    whole: bool = False
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
         return (self.tensor,)
 
-    @property
-    def replaces(self) -> bool:
-        return True
-
     def load(self) -> LoadedReplace:
-        return LoadedReplace(read_torch(self.tensor))
+        return LoadedReplace(read_array(self.tensor))
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedReplace:
     """The new tensor in memory, float32."""
 
-    tensor: torch.Tensor
+    tensor: np.ndarray
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.tensor[start:stop]
-
-    def check_base(self, base: torch.Tensor, start: int, stop: int) -> None:
-        """It takes the base's place, whatever that holds."""
+    def rows(self, start: int, stop: int, base: np.ndarray) -> np.ndarray:
+        return np.atleast_1d(self.tensor)[start:stop].reshape(base.shape)

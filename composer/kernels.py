@@ -1,96 +1,140 @@
-"""The hot loop: one block of a tensor, float32 accumulation, one rounding."""
+"""The hot loop: one block of a tensor, float32 accumulation, one rounding.
+
+    fused        bf16 base, bf16 output, low-rank deltas summed linearly: one pass (composer.product)
+    general      everything else, in float32 numpy
+
+Both give the same bytes where both apply.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
-from composer.deltas import torch_dtype
+import numpy as np
+
+from composer.deltas import BlockDelta, LoadedLowRank
 from composer.errors import NonFiniteError
+from composer.methods import MergeMethod
+from composer.product import Factors, add_product
+from composer.tensors import DTYPES
 
-if TYPE_CHECKING:
-    import torch
-
-    from composer.methods import MergeMethod
-
-__all__ = ["Survival", "cast_block", "merge_block"]
+__all__ = ["LoadedTerm", "Survival", "cast_block", "fusible", "merge_block", "merge_fused"]
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedTerm:
+    """One loaded delta of a tensor, its weight and the index of its term in the recipe."""
+
+    delta: BlockDelta
+    weight: float
+    term: int
+
+
+@dataclass(slots=True)
 class Survival:
-    """How much of each delta is left after rounding, as ⟨R, Δᵢ⟩ / ⟨D, Δᵢ⟩ over all blocks.
+    """How much of each delta is left after rounding, as ⟨R, Δᵢ⟩ / ⟨D, Δᵢ⟩.
 
     R is the change that was written, D the exact sum of deltas, Δᵢ one adapter's. 1 means all of it, 0 none: a
-    delta far below the spacing of bf16 rounds away. Sums are float64.
+    delta far below the spacing of bf16 rounds away. Sums are float64. Large tensors are sampled: each block counts
+    with a factor that makes up for the rows left out.
     """
 
-    def __init__(self, terms: int) -> None:
-        self._written = [0.0] * terms
-        self._exact = [0.0] * terms
-        self._norm = [0.0] * terms
-        self._total_norm = 0.0
+    terms: int
+    _written: np.ndarray = field(init=False)
+    _exact: np.ndarray = field(init=False)
+    _norm: np.ndarray = field(init=False)
+    _total_norm: float = 0.0
 
-    def add(self, written: torch.Tensor, exact: torch.Tensor, deltas: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Account for one block; all tensors float32 of one shape, each delta with its term's index."""
-        flat_written, flat_exact = written.flatten(), exact.flatten()
-        self._total_norm += float(flat_exact @ flat_exact)
+    def __post_init__(self) -> None:
+        self._written, self._exact, self._norm = np.zeros((3, self.terms))
+
+    def add(
+        self, written: np.ndarray, exact: np.ndarray, deltas: Sequence[tuple[int, np.ndarray]], factor: float = 1.0
+    ) -> None:
+        """Account for one block; all arrays float32 of one shape, each delta with its term's index."""
+        flat_written, flat_exact = written.ravel(), exact.ravel()
+        self._total_norm += factor * float(flat_exact @ flat_exact)
         for term, delta in deltas:
-            flat = delta.flatten()
-            self._written[term] += float(flat_written @ flat)
-            self._exact[term] += float(flat_exact @ flat)
-            self._norm[term] += float(flat @ flat)
+            flat = delta.ravel()
+            self._written[term] += factor * float(flat_written @ flat)
+            self._exact[term] += factor * float(flat_exact @ flat)
+            self._norm[term] += factor * float(flat @ flat)
+
+    def merge(self, other: Survival) -> None:
+        """Add the sums of `other`, measured apart."""
+        self._written += other._written
+        self._exact += other._exact
+        self._norm += other._norm
+        self._total_norm += other._total_norm
 
     def shares(self) -> list[float | None]:
         """One share a term, rounded to 4 digits; None where it is undefined (no delta, or deltas that cancel out)."""
         shares: list[float | None] = []
         for written, exact, norm in zip(self._written, self._exact, self._norm, strict=True):
             defined = abs(exact) > 1e-3 * (norm * self._total_norm) ** 0.5 > 0
-            shares.append(round(written / exact, 4) if defined else None)
+            shares.append(round(float(written / exact), 4) if defined else None)
         return shares
 
     def norms(self) -> list[float]:
-        """‖Δᵢ‖ (Frobenius, over all low-rank tensors) of each unweighted term."""
-        return [norm**0.5 for norm in self._norm]
+        """‖Δᵢ‖ (Frobenius, over all tensors that are added to) of each unweighted term."""
+        return [float(norm) ** 0.5 for norm in self._norm]
+
+
+def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) -> bool:
+    """Whether the one-pass kernel computes this tensor."""
+    return (
+        method == "linear"
+        and source == target == "BF16"
+        and all(isinstance(term.delta, LoadedLowRank) and term.delta.copy is None for term in terms)
+    )
+
+
+def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int) -> np.ndarray:
+    """base + Σ wᵢ·Δᵢ for rows [start, start + len(base)), bf16 in and out; `base` is not changed."""
+    stop = start + len(base)
+    factors = []
+    for term in terms:
+        delta = term.delta
+        assert isinstance(delta, LoadedLowRank)
+        factors.append(Factors(delta.left[start:stop], delta.right, delta.scale, np.float32(term.weight)))
+    out = np.empty(base.shape, np.uint16)
+    add_product(base.view(np.uint16), factors, out)
+    return out.view(base.dtype)
 
 
 def merge_block(
-    base: torch.Tensor,
-    deltas: Sequence[tuple[int, float, torch.Tensor]],
-    method: MergeMethod,
-    dtype: str,
-    survival: Survival,
-) -> torch.Tensor:
-    """base + method(deltas), rounded once to `dtype`.
+    base: np.ndarray, terms: Sequence[LoadedTerm], start: int, method: MergeMethod, dtype: str
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray]]]:
+    """base + method(deltas) for rows [start, start + len(base)), rounded once to `dtype`.
 
-    base: [rows, …] of any float dtype. deltas: (term, weight, float32 [rows, …]).
+    base: [rows, columns] of any float dtype. Returns the result, the float32 change before rounding, and each
+    term's own unweighted delta.
     """
-    import torch
-
-    original = base.to(torch.float32)
-    kept = [(term, delta.clone()) for term, _, delta in deltas]
-    total = method([delta for _, _, delta in deltas], [weight for _, weight, _ in deltas])
-    result = (original + total).to(torch_dtype(dtype))
-    survival.add(result.to(torch.float32) - original, total, kept)
-    return result
+    original = base.astype(np.float32)
+    deltas = [(term.term, term.delta.rows(start, start + len(base), original)) for term in terms]
+    total = method([delta for _, delta in deltas], [term.weight for term in terms])
+    with np.errstate(over="ignore"):  # an overflow is looked for by the caller, and named
+        result = (original + total).astype(DTYPES[dtype])
+    return result, total, deltas
 
 
-def cast_block(block: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+def cast_block(block: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """Round a block to `dtype`. Raises NonFiniteError when finite numbers overflow (bf16 to fp16)."""
-
-    result = block.to(torch_dtype(dtype))
+    with np.errstate(over="ignore"):
+        result = block.astype(DTYPES[dtype])
     check_overflow(block, result, name)
     return result
 
 
-def check_overflow(before: torch.Tensor, after: torch.Tensor, name: str) -> None:
+def check_overflow(before: np.ndarray, after: np.ndarray, name: str) -> None:
     """Raise NonFiniteError where `before` is finite and `after` is not."""
-    import torch
-
-    if bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
+    if bool(np.isfinite(after).all()) or not bool(np.isfinite(before).all()):
         return
     raise NonFiniteError(
         f"{name}: the result does not fit into {after.dtype}",
         expected="finite numbers",
-        found=f"{int((~torch.isfinite(after)).sum())} that are infinite or NaN",
+        found=f"{int((~np.isfinite(after)).sum())} that are infinite or NaN",
         remedy="choose --dtype bf16 or fp32, or smaller weights",
         tensor=name,
     )

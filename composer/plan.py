@@ -12,6 +12,7 @@ The output keeps the base's files and order, so the plan is also an honest dry r
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,17 +28,16 @@ from composer.errors import (
 )
 from composer.methods import find_method
 from composer.recipe import Dtype, Recipe
-from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 4 << 20
+THREADS = min(4, os.cpu_count() or 1)
+IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
-# A matrix product cut into blocks has the bits of the whole one only where the cuts lie on the tiles of the BLAS
-# kernels and no block is so small that another kernel takes it; 64 rows satisfy MKL's.
-ROW_TILE = 64
 SAFETENSORS_DTYPE = {Dtype.BF16: "BF16", Dtype.FP16: "F16", Dtype.FP32: "F32"}
 
 
@@ -79,19 +79,18 @@ class TensorJob:
 
     @property
     def block_rows(self) -> int:
-        """How many rows are merged at once: a float32 block stays within BLOCK_BYTES, and is at least one tile."""
-        fitting = BLOCK_BYTES // (4 * max(self.matrix[1], 1))
-        return max(ROW_TILE, fitting - fitting % ROW_TILE)
+        """How many rows are merged at once: a float32 block stays within BLOCK_BYTES, unless a delta needs all rows."""
+        rows, columns = self.matrix
+        if any(item.delta.whole for item in self.deltas):
+            return rows
+        return max(1, BLOCK_BYTES // (4 * max(columns, 1)))
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of each block; a last one smaller than a tile goes with the one before it."""
-        rows, start = self.matrix[0], 0
-        while start < rows:
-            stop = start + self.block_rows
-            stop = rows if rows - stop < ROW_TILE else stop
-            yield start, stop
-            start = stop
+        """(start, stop) of each block of rows, adjacent and in order."""
+        rows = self.matrix[0]
+        for start in range(0, rows, self.block_rows):
+            yield start, min(rows, start + self.block_rows)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -140,8 +139,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """An upper bound on the bytes a run holds at once: one tensor's factors, and its blocks."""
-        return max((_job_bytes(job) for job in self.jobs), default=0)
+        """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
+        return max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
@@ -284,12 +283,16 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec) -> str:
     return SAFETENSORS_DTYPE[dtype]
 
 
-def _job_bytes(job: TensorJob) -> int:
+def _factor_bytes(job: TensorJob) -> int:
+    """Of one tensor's deltas, in float32; as many more small tensors may be loaded as blocks are in flight."""
+    one = sum(math.prod(source.shape) * 4 for item in job.deltas for source in item.delta.sources)
+    return one * (IN_FLIGHT if job.block_rows >= job.matrix[0] else 2)
+
+
+def _block_bytes(job: TensorJob) -> int:
     if job.copied:
-        return 4 << 20
+        return COPY_BYTES
     rows, columns = job.matrix
-    block = min(rows, job.block_rows + ROW_TILE - 1) * columns
-    factors = sum(math.prod(source.shape) * 4 for item in job.deltas for source in item.delta.sources)
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize + 4 * len(job.deltas)
-    return factors + block * widths
+    return min(rows, job.block_rows) * columns * widths

@@ -7,25 +7,33 @@ compose(plan, out)   run, export, provenance, commit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from composer.checkpoint import INDEX
-from composer.deltas import torch_dtype
 from composer.exporters import find_exporter
 from composer.files import copy_names, read_json
-from composer.kernels import Survival, cast_block, check_overflow, merge_block
+from composer.kernels import LoadedTerm, Survival, cast_block, check_overflow, fusible, merge_block, merge_fused
 from composer.methods import find_method
-from composer.plan import Plan, TensorJob
+from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
 from composer.recipe import Dtype
-from composer.sinks import FolderSink, HashingWriter
+from composer.sinks import FolderSink
+from composer.tensors import COPY_BYTES, DTYPES
 
 __all__ = ["Outcome", "Progress", "compose", "run"]
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
+SAMPLE, TILE = 1 << 18, 64
 CONFIG_DTYPE = {Dtype.BF16: "bfloat16", Dtype.FP16: "float16", Dtype.FP32: "float32"}
 
 
@@ -53,8 +61,6 @@ def compose(
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
     Raises every TypedError of the steps; `out` is untouched then.
     """
-    import time
-
     report = progress or (lambda step, done, total: None)
     exporter = find_exporter(plan.recipe.export)
     exporter.check(plan.checkpoint)
@@ -72,20 +78,23 @@ def compose(
 
 
 def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
-    """Write the weights, their index and the files that go along; the sink is not committed."""
-    import torch
+    """Write the weights, their index and the files that go along; the sink is not committed.
 
+    Blocks are computed by a few threads and written in order by this one; at most `IN_FLIGHT` of them are held.
+    """
     survival = Survival(len(plan.terms))
     total, done = plan.nbytes, 0
-    with torch.inference_mode():
+    with ThreadPoolExecutor(THREADS) as pool:
         for shard in plan.shards:
             with sink.open(shard.name) as writer:
                 writer.write(shard.header)
                 done += len(shard.header)
-                for job in shard.jobs:
-                    for written in _write_tensor(job, plan, writer, survival):
-                        done += written
-                        progress("merging", done, total)
+                for data, measured in in_order(pool, _blocks(shard, plan), IN_FLIGHT):
+                    writer.write(data)
+                    if measured is not None:
+                        survival.merge(measured)
+                    done += len(data)
+                    progress("merging", done, total)
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
     for name in copy_names(plan.checkpoint.files):
@@ -93,38 +102,81 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
     return survival
 
 
-def _write_tensor(job: TensorJob, plan: Plan, writer: HashingWriter, survival: Survival) -> Any:
-    if job.copied:
-        for chunk in job.source.chunks():
-            writer.write(chunk)
-            yield len(chunk)
-        return
-    import torch
+def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], in_flight: int) -> Iterator[T]:
+    """The results of `tasks`, run by `pool`, in their own order; at most `in_flight` are begun and not yet taken."""
+    running: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            running.append(pool.submit(task))
+            if len(running) == in_flight:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
 
-    rows, columns = job.matrix
-    method = find_method(plan.recipe.method)
-    loaded = [(item, item.delta.load()) for item in job.deltas]
-    width = job.source.nbytes // max(rows, 1)
-    for start, stop in job.blocks:
-        raw = job.source.read_bytes(start * width, stop * width)
-        if not raw:
+
+Block = tuple[memoryview, Survival | None]
+
+
+def _blocks(shard: ShardPlan, plan: Plan) -> Iterator[Callable[[], Block]]:
+    """One task a block, in file order; a tensor's deltas are loaded when its first block is asked for."""
+    for job in shard.jobs:
+        if job.copied:
+            for start in range(0, job.nbytes, COPY_BYTES):
+                yield partial(_copy, job, start, min(start + COPY_BYTES, job.nbytes))
             continue
-        base = torch.frombuffer(raw, dtype=torch_dtype(job.source.dtype)).reshape(stop - start, columns)
-        for _, delta in loaded:
-            delta.check_base(base, start, stop)
-        blocks = [(item, delta.rows(start, stop).reshape(stop - start, columns)) for item, delta in loaded]
-        if blocks and blocks[0][0].delta.replaces:
-            result = cast_block(blocks[0][1], job.dtype, job.source.name)
-        elif blocks:
-            result = merge_block(
-                base, [(item.term, item.weight, block) for item, block in blocks], method, job.dtype, survival
-            )
-            check_overflow(base, result, job.source.name)
-        else:
-            result = cast_block(base, job.dtype, job.source.name)
-        data = memoryview(result.contiguous().view(torch.uint8).numpy()).cast("B")
-        writer.write(data)
-        yield len(data)
+        terms = [LoadedTerm(item.delta.load(), item.weight, item.term) for item in job.deltas]
+        for start, stop in job.blocks:
+            if job.matrix[1]:
+                yield partial(_merge, job, plan, terms, start, stop)
+
+
+def _copy(job: TensorJob, start: int, stop: int) -> Block:
+    return memoryview(job.source.read_bytes(start, stop)), None
+
+
+def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int) -> Block:
+    rows, columns = job.matrix
+    name, width = job.source.name, job.source.nbytes // rows
+    raw = job.source.read_bytes(start * width, stop * width)
+    base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
+    survival = Survival(len(plan.terms)) if terms else None
+    if not terms:
+        result = cast_block(base, job.dtype, name)
+    elif job.deltas[0].delta.replaces:
+        result = cast_block(terms[0].delta.rows(start, stop, base.astype(np.float32)), job.dtype, name)
+    elif fusible(terms, plan.recipe.method, job.source.dtype, job.dtype):
+        result = merge_fused(base, terms, start)
+        _sample(job, plan, terms, base, result, start, survival)
+    else:
+        method = find_method(plan.recipe.method)
+        result, total, deltas = merge_block(base, terms, start, method, job.dtype)
+        survival.add(result.astype(np.float32) - base.astype(np.float32), total, deltas)
+    check_overflow(base, result, name)
+    return memoryview(result.reshape(-1).view(np.uint8)), survival
+
+
+def _sample(
+    job: TensorJob, plan: Plan, terms: list[LoadedTerm], base: np.ndarray, result: np.ndarray, start: int,
+    survival: Survival,
+) -> None:  # fmt: skip
+    """Measure survival on every `step`-th tile of rows: about SAMPLE numbers of a tensor, all of a small one."""
+    rows, columns = job.matrix
+    tiles = -(-rows // TILE)
+    step = max(1, rows * columns // SAMPLE)
+    chosen = range(0, tiles, step)
+    covered = sum(min(rows, (tile + 1) * TILE) - tile * TILE for tile in chosen)
+    method = find_method(plan.recipe.method)
+    for tile in chosen:
+        first, last = max(tile * TILE, start), min((tile + 1) * TILE, start + len(base))
+        if first >= last:
+            continue
+        part = base[first - start : last - start]
+        _, total, deltas = merge_block(part, terms, first, method, job.dtype)
+        written = result[first - start : last - start].astype(np.float32) - part.astype(np.float32)
+        survival.add(written, total, deltas, rows / covered)
 
 
 def _index(plan: Plan) -> bytes:

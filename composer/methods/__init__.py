@@ -11,16 +11,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+import numpy as np
 
 from composer.errors import RecipeError
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["MergeMethod", "find_method", "merge_method", "methods"]
 
-MergeMethod: TypeAlias = "Callable[[Sequence[torch.Tensor], Sequence[float]], torch.Tensor]"
+MergeMethod: TypeAlias = Callable[[Sequence[np.ndarray], Sequence[float]], np.ndarray]
 
 _METHODS: dict[str, MergeMethod] = {}
 

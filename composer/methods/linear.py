@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from composer.methods import merge_method
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["linear"]
 
 
 @merge_method
-def linear(deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+def linear(deltas: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """Σ wᵢ·Δᵢ, the true sum in product space.
 
-    deltas: one or more float32 blocks [rows, …], already scaled; they may be overwritten. weights: one a delta.
+    deltas: one or more float32 blocks [rows, columns], already scaled, not to be changed. weights: one a delta.
     Returns float32 of the same shape. PEFT's `linear` sums A and B apart instead, which adds cross terms.
     """
-    total = deltas[0] if weights[0] == 1.0 else deltas[0].mul_(weights[0])
+    total = deltas[0] * np.float32(weights[0])
     for delta, weight in zip(deltas[1:], weights[1:], strict=True):
-        total.add_(delta, alpha=weight)
+        total += delta * np.float32(weight)
     return total

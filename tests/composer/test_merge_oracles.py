@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import composer.plan as plan_module
+import composer.run as run_module
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.errors import NonFiniteError, TargetMismatchError
@@ -131,7 +132,7 @@ def test_one_lora_on_llama_equals_pefts_default_merge_bit_for_bit(
                      "task_type": "SEQ_CLS"}, id="bert-classifier-replaced"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("block_bytes", [64 << 20, 1], ids=["whole", "blocks-of-64-rows"])
+@pytest.mark.parametrize("block_bytes", [64 << 20, 1], ids=["whole", "blocks-of-a-row"])
 def test_one_lora_on_other_architectures_equals_peft_bit_for_bit(
     other_models: Callable[[str], Path],
     tmp_path: Path,
@@ -169,15 +170,11 @@ def test_the_classifier_of_a_sequence_classifier_is_replaced_not_added(
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 def test_the_size_of_blocks_changes_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool, threads: int
 ) -> None:
-    """Oracle: one block a tensor. Blocks of any size give its bytes, in float32, where every bit of B·A shows.
-
-    Cut at other places than tiles the product itself differs in the last bit (measured with MKL: rows in odd places
-    and blocks of fewer than 24), which is why blocks are cut as they are.
-    """
+    """Oracle: one block a tensor. Blocks of any size give its bytes, in float32, where every bit of B·A shows."""
     shapes = {"a": (1001, 384), "b": (300, 1000), "c": (129, 70), "c_proj": (64, 64), "e": (3, 500)}
     random = np.random.default_rng(0)
     weights = {f"{name}.weight": random.normal(size=shape[::-1] if transposed else shape).astype(np.float32) * 1e-6
@@ -187,30 +184,24 @@ def test_the_size_of_blocks_changes_no_bit(
         (write_lora(tmp_path / "one", shapes, rank=16, fan_in_fan_out=transposed), 0.6),
         (write_lora(tmp_path / "two", shapes, rank=3, seed=4, fan_in_fan_out=transposed), -0.3),
     ]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        compose_folders(base, adapters, tmp_path / "whole")
-        for block_bytes in (1, 100_000, 250_000, 600_000):
-            monkeypatch.setattr(plan_module, "BLOCK_BYTES", block_bytes)
-            compose_folders(base, adapters, tmp_path / f"blocks-{block_bytes}")
-            assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / f"blocks-{block_bytes}"), block_bytes
-    finally:
-        torch.set_num_threads(before)
+    compose_folders(base, adapters, tmp_path / "whole")
+    monkeypatch.setattr(run_module, "THREADS", threads)
+    for block_bytes in (1, 100_000, 250_000, 600_000):
+        monkeypatch.setattr(plan_module, "BLOCK_BYTES", block_bytes)
+        compose_folders(base, adapters, tmp_path / f"blocks-{block_bytes}")
+        assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / f"blocks-{block_bytes}"), block_bytes
 
 
-@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 127, 128, 191, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("block_bytes", [1, 64 * 40, 200 * 40, 1 << 20])
-def test_blocks_cover_every_row_once_and_none_is_smaller_than_a_tile(
+def test_blocks_cover_every_row_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, block_bytes: int
 ) -> None:
-    """Blocks are adjacent, begin at tiles, and only a tensor smaller than a tile has a smaller block."""
+    """Blocks are adjacent and in order, whatever the budget."""
     monkeypatch.setattr(plan_module, "BLOCK_BYTES", block_bytes)
     base = write_base(tmp_path / "base", {"w": np.zeros((rows, 10), np.float32)})
     blocks = list(plan_folders(base).jobs[0].blocks)
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
-    assert all(start % plan_module.ROW_TILE == 0 for start, _ in blocks)
-    assert all(stop - start >= min(rows, plan_module.ROW_TILE) for start, stop in blocks)
 
 
 def test_the_copy_of_an_output_head_in_an_adapter_must_be_this_bases(tiny_llama: Path, tmp_path: Path) -> None:
