@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on a real model: publish, ask, compose, export, run
 #   make test    the whole suite
+#   make bench   the merge against cp and PEFT on a model of 2.2 GB
 #
 # RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.
 
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint install docs clean
+.PHONY: demo test bench lint install docs clean
 
 demo: install
 	$(BIN)/python examples/demo.py
 
 test: install lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+bench: install
+	$(BIN)/python -m tests.bench
 
 lint: install
 	$(BIN)/ruff check .
@@ -37,4 +41,4 @@ $(VENV)/.installed-$(RUNTIME): pyproject.toml constraints.txt examples/models.tx
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .bench

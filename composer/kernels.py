@@ -90,17 +90,22 @@ def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) 
     )
 
 
-def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int) -> np.ndarray:
-    """base + Σ wᵢ·Δᵢ for rows [start, start + len(base)), bf16 in and out; `base` is not changed."""
+def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name: str) -> np.ndarray:
+    """base + Σ wᵢ·Δᵢ for rows [start, start + len(base)) of tensor `name`, bf16 in and out.
+
+    Raises NonFiniteError when finite numbers overflow.
+    """
     stop = start + len(base)
     factors = []
     for term in terms:
         delta = term.delta
         assert isinstance(delta, LoadedLowRank)
         factors.append(Factors(delta.left[start:stop], delta.right, delta.scale, np.float32(term.weight)))
-    out = np.empty(base.shape, np.uint16)
-    add_product(base.view(np.uint16), factors, out)
-    return out.view(base.dtype)
+    bits, finite = add_product(base.view(np.uint16), factors)
+    result = bits.view(base.dtype)
+    if not finite:
+        check_overflow(base, result, name)
+    return result
 
 
 def merge_block(

@@ -32,7 +32,7 @@ from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encod
 
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 THREADS = min(4, os.cpu_count() or 1)
 IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 __all__ = ["Factors", "add_product", "kernel_name", "product"]
@@ -43,10 +44,11 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def add_product(base: np.ndarray, terms: Sequence[Factors], out: np.ndarray) -> None:
-    """Write base + Σ wᵢ·(sᵢ·leftᵢ·rightᵢ) to `out`; the sum of terms is taken first, in order, then one rounding.
+def add_product(base: np.ndarray, terms: Sequence[Factors]) -> tuple[np.ndarray, bool]:
+    """base + Σ wᵢ·(sᵢ·leftᵢ·rightᵢ): the sum of terms is taken first, in order, then one rounding.
 
-    base, out: bf16 bits as uint16 [rows, columns], C-contiguous; they may be the same array.
+    base: bf16 bits as uint16 [rows, columns], C-contiguous, not changed. Returns the same kind of
+    array, and whether every number in it is finite.
     """
     if kernel_name() == "numba":
         from composer.compiled import add_product_into
@@ -56,15 +58,22 @@ def add_product(base: np.ndarray, terms: Sequence[Factors], out: np.ndarray) -> 
         ends = np.cumsum([term.right.shape[0] for term in terms])
         scales = np.array([term.scale for term in terms], np.float32)
         weights = np.array([term.weight for term in terms], np.float32)
-        add_product_into(base, out, left, right, ends, scales, weights)
-        return
-    import ml_dtypes
+        out = np.empty(base.shape, np.uint16)
+        if not add_product_into(base, out, left, right, ends, scales, weights):
+            return out, True
+    result = _add_product_numpy(base, terms)
+    return result.view(np.uint16), bool(np.isfinite(result).all())
 
-    total = np.zeros(base.shape, np.float32)
-    for term in terms:
-        total += product(term.left, term.right) * term.scale * term.weight
-    total += base.view(ml_dtypes.bfloat16).astype(np.float32)
-    out[...] = total.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+def _add_product_numpy(base: np.ndarray, terms: Sequence[Factors]) -> np.ndarray:
+    """The same in numpy, which knows what infinity and NaN round to."""
+    deltas = (product(term.left, term.right) * term.scale * term.weight for term in terms)
+    total = next(deltas)
+    for delta in deltas:
+        total += delta
+    total = base.view(ml_dtypes.bfloat16).astype(np.float32) + total
+    with np.errstate(over="ignore"):
+        return total.astype(ml_dtypes.bfloat16)
 
 
 def kernel_name() -> str:

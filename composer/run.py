@@ -148,13 +148,13 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
     elif job.deltas[0].delta.replaces:
         result = cast_block(terms[0].delta.rows(start, stop, base.astype(np.float32)), job.dtype, name)
     elif fusible(terms, plan.recipe.method, job.source.dtype, job.dtype):
-        result = merge_fused(base, terms, start)
+        result = merge_fused(base, terms, start, name)
         _sample(job, plan, terms, base, result, start, survival)
     else:
         method = find_method(plan.recipe.method)
         result, total, deltas = merge_block(base, terms, start, method, job.dtype)
         survival.add(result.astype(np.float32) - base.astype(np.float32), total, deltas)
-    check_overflow(base, result, name)
+        check_overflow(base, result, name)
     return memoryview(result.reshape(-1).view(np.uint8)), survival
 
 

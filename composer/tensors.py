@@ -32,7 +32,7 @@ __all__ = ["DTYPES", "FLOAT_DTYPES", "SafetensorsHeader", "TensorSpec", "encode_
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
 DATA_ALIGNMENT = 4096
-COPY_BYTES = 4 << 20
+COPY_BYTES = 1 << 20
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),

@@ -160,7 +160,7 @@ from tests.support import compose_folders, plan_folders
 import ml_dtypes, numpy as np
 from composer.product import Factors, add_product
 one = np.ones((64, 64), np.float32)
-add_product(one.astype(ml_dtypes.bfloat16).view(np.uint16), [Factors(one, one, one[0, 0], one[0, 0])], np.empty((64, 64), np.uint16))
+add_product(one.astype(ml_dtypes.bfloat16).view(np.uint16), [Factors(one, one, one[0, 0], one[0, 0])])
 peak = plan_folders(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)]).peak_bytes
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 compose_folders(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)], Path(sys.argv[3]))
