@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -53,8 +54,10 @@ def add_product(base: np.ndarray, terms: Sequence[Factors]) -> tuple[np.ndarray,
     if kernel_name() == "numba":
         from composer.compiled import add_product_into
 
-        left = np.ascontiguousarray(np.concatenate([term.left for term in terms], axis=1))
-        right = terms[0].right if len(terms) == 1 else np.concatenate([term.right for term in terms])
+        left, right = terms[0].left, terms[0].right
+        if len(terms) > 1:
+            left = np.concatenate([term.left for term in terms], axis=1)
+            right = np.concatenate([term.right for term in terms])
         ends = np.cumsum([term.right.shape[0] for term in terms])
         scales = np.array([term.scale for term in terms], np.float32)
         weights = np.array([term.weight for term in terms], np.float32)
@@ -81,6 +84,7 @@ def kernel_name() -> str:
     return "numpy" if os.environ.get("REGISTRY_KERNEL") == "numpy" or not _has_numba() else "numba"
 
 
+@cache
 def _has_numba() -> bool:
     from importlib.util import find_spec
 

@@ -33,7 +33,7 @@ __all__ = ["Outcome", "Progress", "compose", "run"]
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
-SAMPLE, TILE = 1 << 18, 64
+SAMPLE, TILE = 1 << 17, 64
 CONFIG_DTYPE = {Dtype.BF16: "bfloat16", Dtype.FP16: "float16", Dtype.FP32: "float32"}
 
 
