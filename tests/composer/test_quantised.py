@@ -1,0 +1,433 @@
+"""Quantised bases: decoders against closed forms in float64 and against bitsandbytes' own output, and composed whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import composer.plan as plan_module
+from composer.checkpoint import open_checkpoint
+from composer.errors import CorruptFileError, TargetMismatchError, UnsupportedQuantisationError
+from composer.quantised import QuantisedTensor, schemes
+from composer.recipe import Dtype
+from composer.tensors import DTYPES, read_header
+from tests.conftest import random_lora
+from tests.support import compose_folders, plan_folders, read_tensors, reshard, write_base, write_lora
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantised"
+NF4_LLAMA = FIXTURES / "tiny-llama-nf4"
+FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+NAME = "model.q_proj.weight"
+
+
+def random() -> np.random.Generator:
+    """The same numbers in every test."""
+    return np.random.default_rng(5)
+
+
+def decoded(folder: Path) -> dict[str, np.ndarray]:
+    """Every quantised tensor in float32; read whole, and again in uneven blocks of rows, which must agree."""
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in open_checkpoint(folder).tensors.items():
+        if isinstance(tensor, QuantisedTensor):
+            rows, columns = tensor.shape[0], tensor.nbytes // 4 // tensor.shape[0]
+            whole = np.frombuffer(tensor.read_bytes(0, tensor.nbytes), np.float32).reshape(tensor.shape)
+            cuts = sorted({0, 1, rows // 3, rows - 1, rows} & set(range(rows + 1)))
+            for start, stop in itertools.pairwise(cuts):
+                part = tensor.read_bytes(4 * start * columns, 4 * stop * columns)
+                assert np.array_equal(np.frombuffer(part, np.float32), whole[start:stop].reshape(-1), equal_nan=True), (
+                    start,
+                    stop,
+                )
+            found[name] = whole
+    assert found
+    return found
+
+
+def quantised_base(folder: Path, tensors: dict[str, np.ndarray], quantisation: Any, **config: Any) -> Path:
+    """A checkpoint with a quantization_config."""
+    return write_base(folder, tensors, quantization_config=quantisation, **config)
+
+
+def state(**fields: Any) -> np.ndarray:
+    """A quant_state as bitsandbytes stores it."""
+    return np.frombuffer(json.dumps(fields).encode(), np.uint8)
+
+
+def four_bit(rows: int = 6, columns: int = 10, blocksize: int = 16, **changes: Any) -> dict[str, np.ndarray]:
+    """One NF4 layer of random halves and scales; `changes` replace a companion (None leaves it out)."""
+    count = rows * columns
+    tensors = {
+        NAME: random().integers(0, 256, (-(-count // 2), 1)).astype(np.uint8),
+        f"{NAME}.absmax": random().uniform(0.01, 2, -(-count // blocksize)).astype(np.float32),
+        f"{NAME}.quant_map": random().normal(size=16).astype(np.float32),
+        f"{NAME}.quant_state.bitsandbytes__nf4": state(
+            quant_type="nf4", blocksize=blocksize, dtype="float32", shape=[rows, columns]
+        ),
+    }
+    tensors |= {f"{NAME}.{key}": value for key, value in changes.items()}
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+def halves(packed: np.ndarray, count: int) -> np.ndarray:
+    """Four-bit numbers, the high half of a byte first, by integer division."""
+    return np.array([[byte // 16, byte % 16] for byte in packed.reshape(-1).tolist()]).reshape(-1)[:count]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "blocksize"), [(6, 10, 16), (7, 5, 16), (5, 64, 64), (3, 33, 2), (1, 1, 64)]
+)
+def test_4_bit_is_the_value_of_the_half_byte_times_its_blocks_scale(
+    tmp_path: Path, rows: int, columns: int, blocksize: int
+) -> None:
+    """Oracle: map[half] · absmax[i // blocksize] in float64, rounded once to float32: equal in every bit."""
+    tensors = four_bit(rows, columns, blocksize)
+    count = rows * columns
+    exact = (
+        tensors[f"{NAME}.quant_map"].astype(np.float64)[halves(tensors[NAME], count)]
+        * tensors[f"{NAME}.absmax"].astype(np.float64)[np.arange(count) // blocksize]
+    )
+    found = decoded(quantised_base(tmp_path / "base", tensors, FOUR_BIT))
+    assert np.array_equal(found[NAME], exact.astype(np.float32).reshape(rows, columns))
+
+
+@pytest.mark.parametrize("nested_blocksize", [1, 3, 256])
+def test_double_quantisation_decodes_the_scales_first(tmp_path: Path, nested_blocksize: int) -> None:
+    """Oracle: map[half] · (nested_map[byte] · nested_absmax + offset) in float64, to float32's precision."""
+    rows, columns, blocksize, offset = 9, 20, 8, 0.3125
+    count, blocks = rows * columns, -(-rows * columns // blocksize)
+    nested = {
+        "absmax": random().integers(0, 256, blocks).astype(np.uint8),
+        "nested_absmax": random().uniform(0.5, 2, -(-blocks // nested_blocksize)).astype(np.float32),
+        "nested_quant_map": random().normal(size=256).astype(np.float32),
+        "quant_state.bitsandbytes__nf4": state(
+            blocksize=blocksize, dtype="float32", shape=[rows, columns], nested_blocksize=nested_blocksize,
+            nested_offset=offset, nested_dtype="float32", quant_type="nf4",
+        ),
+    }  # fmt: skip
+    tensors = four_bit(rows, columns, blocksize, **nested)
+    outer = nested["nested_absmax"].astype(np.float64)[np.arange(blocks) // nested_blocksize]
+    scales = nested["nested_quant_map"].astype(np.float64)[nested["absmax"]] * outer + offset
+    values = tensors[f"{NAME}.quant_map"].astype(np.float64)[halves(tensors[NAME], count)]
+    exact = (values * scales[np.arange(count) // blocksize]).reshape(rows, columns)
+    found = decoded(quantised_base(tmp_path / "base", tensors, FOUR_BIT))
+    assert np.allclose(found[NAME], exact, rtol=1e-6, atol=1e-6)
+
+
+def test_4_bit_numbers_may_be_stored_as_another_dtype(tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage=bfloat16 (FSDP) changes the header, not the bytes: the same numbers."""
+    plain = four_bit(8, 10)
+    as_bf16 = {**plain, NAME: plain[NAME].reshape(-1).view(DTYPES["BF16"]).reshape(-1, 1)}
+    a = decoded(quantised_base(tmp_path / "a", plain, FOUR_BIT))
+    b = decoded(quantised_base(tmp_path / "b", as_bf16, FOUR_BIT))
+    assert np.array_equal(a[NAME], b[NAME])
+
+
+@pytest.mark.parametrize("case", ["nf4", "fp4", "nf4_nested", "fp4_nested", "nf4_odd", "nf4_many_blocks", "int8"])
+def test_decoding_equals_bitsandbytes_bit_for_bit(tmp_path: Path, case: str) -> None:
+    """Oracle: dequantize_4bit and int8_vectorwise_dequant of bitsandbytes 0.50.2, in the dtype that they return."""
+    stored = {name: spec.read() for name, spec in read_header(FIXTURES / "bitsandbytes.safetensors").tensors.items()}
+    mine = {name: array for name, array in stored.items() if name.startswith(f"{case}.")}
+    expected = mine.pop(f"{case}.expected")
+    found = decoded(quantised_base(tmp_path / "base", mine, INT8 if case == "int8" else FOUR_BIT))[f"{case}.weight"]
+    rounded = found.astype(expected.dtype)
+    assert np.array_equal(rounded, expected)
+    assert np.array_equal(rounded.astype(np.float32), found)
+
+
+def test_int8_is_the_row_scale_over_127(tmp_path: Path) -> None:
+    """Oracle: q · SCB / 127 in float64."""
+    tensors = {
+        NAME: random().integers(-127, 128, (7, 12)).astype(np.int8),
+        "model.q_proj.SCB": random().uniform(0.01, 3, 7).astype(np.float32),
+    }
+    exact = tensors[NAME].astype(np.float64) * tensors["model.q_proj.SCB"].astype(np.float64)[:, None] / 127
+    found = decoded(quantised_base(tmp_path / "base", tensors, INT8))
+    assert np.allclose(found[NAME], exact, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float32, DTYPES["BF16"]], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("block", [[4, 8], [128, 128], [1, 3], None], ids=str)
+def test_fp8_multiplies_by_the_scale_of_the_block(tmp_path: Path, block: list[int] | None, scale_dtype: Any) -> None:
+    """Oracle: fp8 · scale_inv[i // bm, j // bn] in float64, rounded once; a scale without shape counts for all."""
+    rows, columns = 11, 21
+    height, width = block or (rows, columns)
+    weight = random().normal(size=(rows, columns)).astype(DTYPES["F8_E4M3"])
+    grid = (-(-rows // height), -(-columns // width)) if block else ()
+    scale = np.asarray(random().uniform(0.01, 3, grid)).astype(scale_dtype)
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+    found = decoded(quantised_base(tmp_path / "base", {NAME: weight, f"{NAME}_scale_inv": scale}, config))
+    exact = weight.astype(np.float64)
+    for i in range(rows):
+        for j in range(columns):
+            exact[i, j] *= float(scale[i // height, j // width] if block else scale)
+    assert np.array_equal(found[NAME], exact.astype(np.float32))
+
+
+def test_a_qlora_composes_into_the_weights_it_was_trained_on(tmp_path: Path) -> None:
+    """Oracle: bitsandbytes' dequantised matrices + s·B·A in float64, rounded once to float32; it loads in transformers."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    dequantised = load_file(FIXTURES / "tiny-llama-nf4.expected.safetensors")
+    lora = nf4_lora(tmp_path)
+    compose_folders(NF4_LLAMA, [(lora, 1.0)], tmp_path / "out", dtype=Dtype.FP32)
+    written = read_tensors(tmp_path / "out")
+    adapter = load_file(lora / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    assert len(dequantised) == 7
+    for name, base in dequantised.items():
+        module = prefix + name.removesuffix(".weight")
+        a, b = (adapter[f"{module}.lora_{side}.weight"].double() for side in "AB")
+        exact = base.double() + 2.0 * (b @ a)
+        assert written[name].dtype == torch.float32
+        assert torch.allclose(written[name].double(), exact, rtol=2**-22, atol=1e-8)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype == torch.float32
+    assert torch.equal(
+        model.state_dict()["model.layers.0.mlp.up_proj.weight"], written["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+def nf4_lora(tmp_path: Path, **changes: Any) -> Path:
+    """A LoRA that PEFT made on the unquantised shape of the fixture (PEFT's keys do not depend on quantisation)."""
+    import shutil
+
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    shape = tmp_path / "shape"
+    config = AutoConfig.from_pretrained(NF4_LLAMA)
+    del config.quantization_config
+    LlamaForCausalLM(config).save_pretrained(shape)
+    lora = random_lora(shape, tmp_path / "lora", **{"target_modules": "all-linear", **changes})
+    shutil.rmtree(shape)
+    return lora
+
+
+def test_without_an_adapter_the_result_is_the_dequantised_model(tmp_path: Path) -> None:
+    """Oracle: bitsandbytes' bf16 matrices bit for bit, the other tensors byte for byte, and nothing else in the file."""
+    from safetensors.torch import load_file
+
+    compose_folders(NF4_LLAMA, [], tmp_path / "out")
+    written, stored = read_tensors(tmp_path / "out"), load_file(NF4_LLAMA / "model.safetensors")
+    dequantised = load_file(FIXTURES / "tiny-llama-nf4.expected.safetensors")
+    plain = {name for name in stored if not name.startswith(tuple(dequantised))}
+    assert set(written) == set(dequantised) | plain
+    assert len(plain) == 5
+    for name, tensor in written.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, dequantised.get(name, stored.get(name)))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert not {"quantization_config", "torch_dtype"} & set(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"bnb_4bit_compute_dtype": "float16"}, np.dtype(np.float16)),
+        ({"bnb_4bit_compute_dtype": "torch.bfloat16"}, DTYPES["BF16"]),
+        ({"bnb_4bit_compute_dtype": "float32"}, np.dtype(np.float32)),
+        ({}, DTYPES["BF16"]),
+    ],
+    ids=str,
+)
+def test_kept_means_the_dtype_that_the_layers_compute_in(
+    tmp_path: Path, changes: dict[str, Any], kept: np.dtype
+) -> None:
+    """What quantization_config states, else bf16; config.json names it."""
+    base = quantised_base(tmp_path / "base", four_bit(), FOUR_BIT | changes)
+    compose_folders(base, [], tmp_path / "out")
+    assert DTYPES[read_header(tmp_path / "out" / "model.safetensors").tensors[NAME].dtype] == kept
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+    assert named == {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}[kept.name]
+
+
+def test_shards_and_index_hold_the_logical_tensors(tmp_path: Path) -> None:
+    """Companions dealt out over other files than their weight: each matrix is written once, in its weight's shard."""
+    stored = sorted(read_header(NF4_LLAMA / "model.safetensors").tensors, key=lambda name: name.split(".weight")[-1])
+    base = reshard(NF4_LLAMA, tmp_path / "base", names=stored)
+    lora = nf4_lora(tmp_path)
+    compose_folders(base, [(lora, 1.0)], tmp_path / "out")
+    compose_folders(NF4_LLAMA, [(lora, 1.0)], tmp_path / "one")
+    split, whole = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "one")
+    assert set(split) == set(whole)
+    assert all(torch.equal(split[name], tensor) for name, tensor in whole.items())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    held = {name: path.name for path in files for name in read_header(path).tensors}
+    assert index["weight_map"] == held
+    before = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    assert held == {name: before[name] for name in held}
+
+
+def test_a_shard_that_holds_only_companions_is_not_written(tmp_path: Path) -> None:
+    """Its tensors are gone: no empty file, none in the index."""
+    names = [NAME, *sorted(set(four_bit()) - {NAME})]
+    base = reshard(quantised_base(tmp_path / "one", four_bit(), FOUR_BIT), tmp_path / "base", 4, names=names)
+    compose_folders(base, [], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model-00001-of-00004.safetensors"]
+
+
+def test_reading_rows_holds_no_more_than_a_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 4 million numbers (16 MiB in float32) composes within what the plan promises for blocks of 64 KiB."""
+    rows, columns = 4096, 1024
+    tensors = four_bit(rows, columns, 64)
+    base = quantised_base(tmp_path / "base", tensors, FOUR_BIT)
+    lora = write_lora(tmp_path / "lora", {"model.q_proj": (rows, columns)})
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 1 << 16)
+    plan = plan_folders(base, [(lora, 1.0)])
+    compose_folders(base, [(lora, 1.0)], tmp_path / "warm")
+    tracemalloc.start()
+    compose_folders(base, [(lora, 1.0)], tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert plan.peak_bytes < rows * columns
+    assert peak < plan.peak_bytes + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    "quantisation",
+    [{"quant_method": "aqlm"}, {"quant_method": "hqq"}, {"bits": 3}, {"quant_method": "bitsandbytes"},
+     {"quant_method": "fp8", "activation_scheme": "static"}, {"quant_method": "fp8", "weight_block_size": [128]}],
+    ids=str,
+)  # fmt: skip
+def test_a_scheme_that_is_not_read_is_refused_by_name(tmp_path: Path, quantisation: dict[str, Any]) -> None:
+    """The base opens (it can be catalogued); a plan on it names the scheme, what can be read, and a remedy."""
+    base = quantised_base(tmp_path / "base", {NAME: np.ones((4, 4), np.float32)}, quantisation)
+    assert open_checkpoint(base).shapes == {NAME: (4, 4)}
+    with pytest.raises(UnsupportedQuantisationError) as caught:
+        plan_folders(base, [])
+    assert str(quantisation.get("quant_method", "unnamed")) in str(caught.value)
+    assert caught.value.remedy
+    assert caught.value.expected
+
+
+BREAKS: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = {
+    "no-map": lambda: (four_bit(quant_map=None), FOUR_BIT),
+    "no-scales": lambda: (four_bit(absmax=None), FOUR_BIT),
+    "no-state": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": None}), FOUR_BIT),
+    "short-map": lambda: (four_bit(quant_map=np.ones(8, np.float32)), FOUR_BIT),
+    "few-scales": lambda: (four_bit(absmax=np.ones(3, np.float32)), FOUR_BIT),
+    "byte-scales-without-nesting": lambda: (four_bit(absmax=np.ones(4, np.uint8)), FOUR_BIT),
+    "nested-without-its-map": lambda: (
+        four_bit(absmax=np.ones(4, np.uint8), **{"quant_state.bitsandbytes__nf4": state(
+            shape=[6, 10], dtype="float32", blocksize=16, nested_blocksize=256)}), FOUR_BIT),
+    "not-json": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": np.full(9, 255, np.uint8)}), FOUR_BIT),
+    "other-type": lambda: (four_bit(**{"quant_state.bitsandbytes__nf5": np.ones(9, np.uint8)}), FOUR_BIT),
+    "zero-size": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
+        shape=[0, 10], dtype="float32", blocksize=16)}), FOUR_BIT),
+    "zero-block": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
+        shape=[6, 10], dtype="float32", blocksize=0)}), FOUR_BIT),
+    "other-shape": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
+        shape=[6, 12], dtype="float32", blocksize=16)}), FOUR_BIT),
+    "int8-without-weight": lambda: ({"model.q_proj.SCB": np.ones(4, np.float32)}, INT8),
+    "int8-short-scale": lambda: ({NAME: np.ones((4, 4), np.int8), "model.q_proj.SCB": np.ones(3, np.float32)}, INT8),
+    "int8-format-alone": lambda: ({"model.q_proj.weight_format": np.zeros((), np.uint8)}, INT8),
+    "fp8-without-scale": lambda: ({NAME: np.ones((4, 4), DTYPES["F8_E4M3"])}, {"quant_method": "fp8"}),
+    "fp8-scale-of-another-grid": lambda: (
+        {NAME: np.ones((4, 4), DTYPES["F8_E4M3"]), f"{NAME}_scale_inv": np.ones((2, 2), np.float32)},
+        {"quant_method": "fp8"}),
+    "config-of-another-type": lambda: ({NAME: np.ones((4, 4), np.float32)}, "nf4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_layer_that_is_not_whole_is_corrupt(tmp_path: Path, case: str) -> None:
+    """Nothing is guessed: a missing, short or contradictory companion fails when the base is opened, and is named."""
+    tensors, quantisation = BREAKS[case]()
+    base = quantised_base(tmp_path / "base", tensors, quantisation)
+    with pytest.raises(CorruptFileError) as caught:
+        open_checkpoint(base)
+    assert caught.value.remedy
+
+
+def test_an_int8_layout_for_a_gpu_is_refused(tmp_path: Path) -> None:
+    """weight_format 1 and 2 interleave rows for Turing and Ampere: not decoded as if they were rows."""
+    tensors = {NAME: np.ones((4, 4), np.int8), "model.q_proj.SCB": np.ones(4, np.float32),
+               "model.q_proj.weight_format": np.ones((), np.uint8)}  # fmt: skip
+    base = quantised_base(tmp_path / "base", tensors, INT8)
+    with pytest.raises(UnsupportedQuantisationError, match="layout"):
+        open_checkpoint(base)
+
+
+def test_an_adapter_binds_by_the_decoded_shape(tmp_path: Path) -> None:
+    """[out, in] of the quant_state, not the bytes of the file; another width is refused with both shapes."""
+    base = quantised_base(tmp_path / "base", four_bit(6, 10), FOUR_BIT)
+    assert open_checkpoint(base).shapes == {NAME: (6, 10)}
+    assert plan_folders(base, [(write_lora(tmp_path / "fits", {"model.q_proj": (6, 10)}), 1.0)]).touched == 1
+    with pytest.raises(TargetMismatchError, match=r"expects \[6, 12\], the base has \[6, 10\]"):
+        plan_folders(base, [(write_lora(tmp_path / "wide", {"model.q_proj": (6, 12)}), 1.0)])
+
+
+def test_the_catalogue_takes_a_quantised_base_by_its_own_bytes(registry: Any, tmp_path: Path) -> None:
+    """`base add` hashes what is stored and lists what it decodes to; a LoRA binds by shape and composes."""
+    from composer.recipe import parse_recipe
+    from registry.fingerprint import fingerprint_checkpoint
+
+    lora = nf4_lora(tmp_path)
+    info = registry.add_base(NF4_LLAMA, name="tiny-nf4")
+    checkpoint = open_checkpoint(NF4_LLAMA)
+    assert info.fingerprint == fingerprint_checkpoint(checkpoint).identity
+    assert {leaf.name for leaf in fingerprint_checkpoint(checkpoint).leaves} == set(
+        read_header(NF4_LLAMA / "model.safetensors").tensors
+    )
+    assert info.dtype == "bitsandbytes 4-bit"
+    assert info.tensors == len(checkpoint.tensors) == 12
+    assert info.parameters == sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
+    assert registry.add_base(NF4_LLAMA, name="tiny-nf4").tensors == 12
+    registry.publish(lora, name="team/qlora", base="tiny-nf4")
+    recipe = parse_recipe("tiny-nf4+team/qlora")
+    assert registry.plan(recipe).touched == 7
+    registry.compose(recipe, tmp_path / "out")
+    compose_folders(NF4_LLAMA, [(lora, 1.0)], tmp_path / "direct")
+    a, b = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "direct")
+    assert all(torch.equal(a[name], tensor) for name, tensor in b.items())
+
+
+def test_other_scales_are_another_base(tmp_path: Path) -> None:
+    """The fingerprint covers the companions: one changed scale is other weights."""
+    from registry.fingerprint import fingerprint_checkpoint, logical_leaves
+
+    one = quantised_base(tmp_path / "one", four_bit(), FOUR_BIT)
+    two = quantised_base(tmp_path / "two", four_bit(absmax=np.ones(4, np.float32)), FOUR_BIT)
+    checkpoints = [open_checkpoint(folder) for folder in (one, two)]
+    prints = [fingerprint_checkpoint(checkpoint) for checkpoint in checkpoints]
+    assert prints[0].tensor_root != prints[1].tensor_root
+    leaves = [logical_leaves(*pair) for pair in zip(checkpoints, prints, strict=True)]
+    assert [[(leaf.name, leaf.shape) for leaf in found] for found in leaves] == [[(NAME, (6, 10))]] * 2
+    assert leaves[0][0].digest != leaves[1][0].digest
+
+
+def test_no_scheme_imports_a_heavy_library() -> None:
+    """Every scheme is listed, and decoding needs numpy only."""
+    import subprocess
+    import sys
+
+    code = "from composer.quantised import schemes; schemes(); import sys; print([m for m in ('torch', 'bitsandbytes', 'gguf') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert {"bitsandbytes 4-bit", "bitsandbytes int8", "fp8"} <= set(schemes())
+
+
+def test_a_config_without_a_quantisation_is_left_as_it_is(tmp_path: Path) -> None:
+    """null and {} mean none: config.json goes along byte for byte."""
+    for name, value in (("null", None), ("empty", {})):
+        base = quantised_base(tmp_path / name, {NAME: np.ones((4, 4), np.float32)}, value)
+        assert open_checkpoint(base).scheme is None
+        compose_folders(base, [], tmp_path / f"{name}-out")
+        assert (tmp_path / f"{name}-out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
