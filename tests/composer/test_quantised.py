@@ -173,6 +173,126 @@ def test_fp8_multiplies_by_the_scale_of_the_block(tmp_path: Path, block: list[in
     assert np.array_equal(found[NAME], exact.astype(np.float32))
 
 
+def pack(numbers: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
+    """int32 [rows, ceil(columns · bits / 32)] of [rows, columns]: by arithmetic on Python's integers, lowest bits first."""
+    count = 32 // bits
+    words = []
+    for row in numbers.tolist():
+        padded = row + [0] * (-len(row) % count)
+        parts = [padded[start : start + count] for start in range(0, len(padded), count)]
+        words.append([sum(part[number] * 2 ** (bits * place) for place, number in enumerate(order or range(count)))
+                      for part in parts])  # fmt: skip
+    return np.array(words, np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("order", ["g_idx", "desc_act", None])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_takes_the_zero_and_the_scale_of_the_inputs_group(
+    tmp_path: Path, bits: int, order: str | None, checkpoint_format: str | None
+) -> None:
+    """Oracle: (q − zero) · scale in float64 over random integers, rounded once to the scales' fp16."""
+    inputs, outputs, groups = 64, 48, 4
+    numbers = random().integers(0, 2**bits, (inputs, outputs))
+    zeros = random().integers(0, 2**bits, (groups, outputs))
+    scales = random().uniform(0.001, 0.1, (groups, outputs)).astype(np.float16)
+    group = random().integers(0, groups, inputs) if order == "desc_act" else np.arange(inputs) // 16
+    stored = zeros if checkpoint_format == "gptq_v2" else (zeros - 1) % 2**bits
+    tensors = {
+        "model.q_proj.qweight": np.ascontiguousarray(pack(numbers.T, bits).T),
+        "model.q_proj.qzeros": pack(stored, bits),
+        "model.q_proj.scales": scales,
+        "model.q_proj.bias": np.ones(outputs, np.float16),
+    }
+    if order:
+        tensors["model.q_proj.g_idx"] = group.astype(np.int32)
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "checkpoint_format": checkpoint_format,
+        "desc_act": order == "desc_act",
+    }
+    base = quantised_base(tmp_path / "base", tensors, config)
+    exact = np.empty((outputs, inputs))
+    for i in range(inputs):
+        exact[:, i] = (numbers[i] - zeros[group[i]]) * scales[group[i]].astype(np.float64)
+    assert np.array_equal(decoded(base)[NAME], exact.astype(np.float16).astype(np.float32))
+    assert set(open_checkpoint(base).tensors) == {NAME, "model.q_proj.bias"}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_awq_interleaves_the_outputs_of_a_word(tmp_path: Path, groups: int) -> None:
+    """Oracle: (q − zero) · scale in float64 over random integers; the word's order is written out in the test."""
+    inputs, outputs = 32, 40
+    numbers, zeros = random().integers(0, 16, (inputs, outputs)), random().integers(0, 16, (groups, outputs))
+    scales = random().uniform(0.001, 0.1, (groups, outputs)).astype(np.float16)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    tensors = {
+        "model.q_proj.qweight": pack(numbers, 4, order),
+        "model.q_proj.qzeros": pack(zeros, 4, order),
+        "model.q_proj.scales": scales,
+    }
+    config = {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": inputs // groups, "zero_point": True}
+    exact = np.empty((outputs, inputs))
+    for i in range(inputs):
+        g = i * groups // inputs
+        exact[:, i] = (numbers[i] - zeros[g]) * scales[g].astype(np.float64)
+    found = decoded(quantised_base(tmp_path / "base", tensors, config))
+    assert np.array_equal(found[NAME], exact.astype(np.float16).astype(np.float32))
+
+
+def packed_config(bits: int = 4, strategy: str = "group", **changes: Any) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors; `changes` replace fields of its one group."""
+    weights = {"num_bits": bits, "type": "int", "strategy": strategy, "symmetric": True}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, **changes}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("layout", ["group", "g_idx", "channel", "tensor"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_unpacks_signed_integers(tmp_path: Path, bits: int, layout: str, asymmetric: bool) -> None:
+    """Oracle: (q − zero) · scale in float64 over random signed integers, rounded once to the scales' bf16."""
+    rows, columns, half = 19, 45, 2 ** (bits - 1)
+    groups = 3 if layout in ("group", "g_idx") else 1
+    numbers = random().integers(-half, half, (rows, columns))
+    zeros = (
+        random().integers(-half, half, (rows, groups))
+        if asymmetric and layout != "tensor"
+        else np.zeros((rows, groups), int)
+    )
+    shape = (1,) if layout == "tensor" else (rows, groups)
+    scales = random().uniform(0.001, 0.1, shape).astype(DTYPES["BF16"])
+    group = random().integers(0, groups, columns) if layout == "g_idx" else np.arange(columns) // -(-columns // groups)
+    tensors = {
+        "model.q_proj.weight_packed": pack(numbers + half, bits),
+        "model.q_proj.weight_scale": scales,
+        "model.q_proj.weight_shape": np.array([rows, columns]),
+    }
+    if zeros.any():
+        tensors["model.q_proj.weight_zero_point"] = np.ascontiguousarray(pack((zeros + half).T, bits).T)
+    if layout == "g_idx":
+        tensors["model.q_proj.weight_g_idx"] = group.astype(np.int32)
+    strategy = "group" if layout == "g_idx" else layout
+    found = decoded(quantised_base(tmp_path / "base", tensors, packed_config(bits, strategy)))
+    spread = np.broadcast_to(scales.astype(np.float64), (rows, groups))[:, group]
+    exact = (numbers - zeros[:, group]) * spread
+    # float64 to bf16 in one step: ml_dtypes goes through float32, which these products fit into
+    assert np.array_equal(exact.astype(np.float32).astype(np.float64), exact)
+    assert np.array_equal(found[NAME], exact.astype(np.float32).astype(DTYPES["BF16"]).astype(np.float32))
+
+
+@pytest.mark.parametrize("case", ["group_asymmetric", "channel"])
+def test_decoding_equals_compressed_tensors_bit_for_bit(tmp_path: Path, case: str) -> None:
+    """Oracle: the decompression of compressed-tensors 0.20.0."""
+    path = FIXTURES / "compressed_tensors.safetensors"
+    stored = {name: spec.read() for name, spec in read_header(path).tensors.items() if name.startswith(f"{case}.")}
+    expected = stored.pop(f"{case}.expected")
+    config = packed_config(4, "channel" if case == "channel" else "group")
+    found = decoded(quantised_base(tmp_path / "base", stored, config))[f"{case}.weight"]
+    assert np.array_equal(found, expected.astype(np.float32))
+
+
 def test_a_qlora_composes_into_the_weights_it_was_trained_on(tmp_path: Path) -> None:
     """Oracle: bitsandbytes' dequantised matrices + s·B·A in float64, rounded once to float32; it loads in transformers."""
     from safetensors.torch import load_file
@@ -303,8 +423,17 @@ def test_reading_rows_holds_no_more_than_a_few_blocks(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     "quantisation",
     [{"quant_method": "aqlm"}, {"quant_method": "hqq"}, {"bits": 3}, {"quant_method": "bitsandbytes"},
-     {"quant_method": "fp8", "activation_scheme": "static"}, {"quant_method": "fp8", "weight_block_size": [128]}],
-    ids=str,
+     {"quant_method": "fp8", "activation_scheme": "static"}, {"quant_method": "fp8", "weight_block_size": [128]},
+     {"quant_method": "gptq", "bits": 3}, {"quant_method": "gptq", "bits": 4.0},
+     {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+     {"quant_method": "gptq", "bits": 4, "checkpoint_format": ["gptq"]},
+     {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+     {"quant_method": "gptq", "bits": 4, "rotation": "hadamard"},
+     {"quant_method": "awq", "bits": 8}, {"quant_method": "awq", "bits": 4, "version": "gemv"},
+     {"quant_method": "compressed-tensors"}, {"quant_method": "compressed-tensors", "config_groups": {"a": 1}},
+     packed_config() | {"format": "float-quantized"}, packed_config() | {"transform_config": {"a": 1}},
+     packed_config(3), packed_config(4, "block"), packed_config(input_activations={"num_bits": 8})],
+    ids=lambda config: "-".join(map(str, config.values()))[:60],
 )  # fmt: skip
 def test_a_scheme_that_is_not_read_is_refused_by_name(tmp_path: Path, quantisation: dict[str, Any]) -> None:
     """The base opens (it can be catalogued); a plan on it names the scheme, what can be read, and a remedy."""
@@ -315,6 +444,24 @@ def test_a_scheme_that_is_not_read_is_refused_by_name(tmp_path: Path, quantisati
     assert str(quantisation.get("quant_method", "unnamed")) in str(caught.value)
     assert caught.value.remedy
     assert caught.value.expected
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+AWQ = {"quant_method": "awq", "bits": 4}
+
+
+def gptq(**changes: Any) -> dict[str, np.ndarray]:
+    """One GPTQ layer [out 16, in 16] of zeros in two groups; `changes` replace a tensor (None leaves it out)."""
+    tensors = {"qweight": np.zeros((2, 16), np.int32), "qzeros": np.zeros((2, 2), np.int32),
+               "scales": np.ones((2, 16), np.float16), "g_idx": np.arange(16, dtype=np.int32) // 8} | changes  # fmt: skip
+    return {f"model.q_proj.{name}": array for name, array in tensors.items() if array is not None}
+
+
+def packed(**changes: Any) -> dict[str, np.ndarray]:
+    """One layer of compressed-tensors [out 4, in 16] in two groups; `changes` as above."""
+    tensors = {"weight_packed": np.zeros((4, 2), np.int32), "weight_scale": np.ones((4, 2), np.float16),
+               "weight_shape": np.array([4, 16])} | changes  # fmt: skip
+    return {f"model.q_proj.{name}": array for name, array in tensors.items() if array is not None}
 
 
 BREAKS: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = {
@@ -342,6 +489,21 @@ BREAKS: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = 
     "fp8-scale-of-another-grid": lambda: (
         {NAME: np.ones((4, 4), DTYPES["F8_E4M3"]), f"{NAME}_scale_inv": np.ones((2, 2), np.float32)},
         {"quant_method": "fp8"}),
+    "gptq-without-scales": lambda: (gptq(scales=None), GPTQ),
+    "gptq-of-other-bits": lambda: (gptq(), GPTQ | {"bits": 8}),
+    "gptq-scales-alone": lambda: (gptq(qweight=None), GPTQ),
+    "gptq-short-g-idx": lambda: (gptq(g_idx=np.zeros(5, np.int32)), GPTQ),
+    "awq-without-zeros": lambda: (gptq(qzeros=None, g_idx=None), AWQ),
+    "awq-uneven-groups": lambda: (
+        {"model.q_proj.qweight": np.zeros((16, 2), np.int32), "model.q_proj.qzeros": np.zeros((3, 2), np.int32),
+         "model.q_proj.scales": np.ones((3, 16), np.float16)}, AWQ),
+    "packed-without-shape": lambda: (packed(weight_shape=None), packed_config()),
+    "packed-of-other-shape": lambda: (packed(weight_shape=np.array([4, 17])), packed_config()),
+    "packed-of-negative-shape": lambda: (packed(weight_shape=np.array([-4, 16])), packed_config()),
+    "packed-short-scale": lambda: (packed(weight_scale=np.ones((3, 2), np.float16)), packed_config()),
+    "packed-scale-alone": lambda: (packed(weight_packed=None), packed_config()),
+    "packed-without-its-zeros": lambda: (packed(), packed_config(weights={
+        "num_bits": 4, "type": "int", "strategy": "group", "symmetric": False})),
     "config-of-another-type": lambda: ({NAME: np.ones((4, 4), np.float32)}, "nf4"),
 }  # fmt: skip
 
@@ -363,6 +525,40 @@ def test_an_int8_layout_for_a_gpu_is_refused(tmp_path: Path) -> None:
     base = quantised_base(tmp_path / "base", tensors, INT8)
     with pytest.raises(UnsupportedQuantisationError, match="layout"):
         open_checkpoint(base)
+
+
+def test_awq_that_scales_an_activation_is_refused(tmp_path: Path) -> None:
+    """`act.scales` belongs to no layer of the unquantised model: leaving it out would change the model."""
+    base = quantised_base(tmp_path / "base", {"model.mlp.act.scales": np.ones(8, np.float16)}, AWQ)
+    with pytest.raises(UnsupportedQuantisationError, match="scales an activation"):
+        open_checkpoint(base)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2, 1 << 30])
+def test_a_group_that_does_not_exist_stops_the_run(tmp_path: Path, wrong: int) -> None:
+    """A g_idx out of range is found when it is read, named, and nothing is written."""
+    groups = np.arange(16, dtype=np.int32) // 8
+    groups[3] = wrong
+    base = quantised_base(tmp_path / "base", gptq(g_idx=groups), GPTQ)
+    with pytest.raises(CorruptFileError, match=r"q_proj\.g_idx"):
+        compose_folders(base, [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gptq_base_with_a_lora_is_the_decoded_weight_plus_the_delta(tmp_path: Path) -> None:
+    """Oracle: decoded + s·B·A in float64; the output has a plain weight, no packed tensor, and the model's own dtype."""
+    tensors = gptq(qweight=random().integers(-(2**31), 2**31, (2, 16)).astype(np.int32))
+    base = quantised_base(tmp_path / "base", tensors, GPTQ, torch_dtype="float16")
+    lora = write_lora(tmp_path / "lora", {"model.q_proj": (16, 16)})
+    compose_folders(base, [(lora, 1.0)], tmp_path / "out")
+    written = read_tensors(tmp_path / "out")
+    assert set(written) == {NAME}
+    a, b = (spec.read().astype(np.float64) for spec in read_header(lora / "adapter_model.safetensors").tensors.values())
+    exact = decoded(base)[NAME] + 2 * (b @ a)
+    assert written[NAME].dtype == torch.float16
+    assert np.allclose(written[NAME].double().numpy(), exact, rtol=2**-11 + 1e-6, atol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], "torch_dtype" in config, "quantization_config" in config) == ("float16", False, False)
 
 
 def test_an_adapter_binds_by_the_decoded_shape(tmp_path: Path) -> None:
@@ -421,7 +617,7 @@ def test_no_scheme_imports_a_heavy_library() -> None:
     code = "from composer.quantised import schemes; schemes(); import sys; print([m for m in ('torch', 'bitsandbytes', 'gguf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert {"bitsandbytes 4-bit", "bitsandbytes int8", "fp8"} <= set(schemes())
+    assert list(schemes()) == ["awq", "bitsandbytes 4-bit", "bitsandbytes int8", "compressed-tensors", "fp8", "gptq"]
 
 
 def test_a_config_without_a_quantisation_is_left_as_it_is(tmp_path: Path) -> None:
