@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from composer.quantised import FLOATS, Decoder, corrupt, scheme
+from composer.quantised.packing import rounded
 from composer.tensors import DTYPES, TensorSpec
 
 __all__ = ["BitsAndBytes4Bit"]
@@ -83,8 +84,7 @@ class FourBit:
         pairs = self._values_of_bytes()[halves].reshape(end - block, size)
         pairs *= self._scales(block, end)[:, None]
         values = pairs.reshape(-1)[first - block * size : last - block * size].reshape(stop - start, columns)
-        with np.errstate(over="ignore"):  # a scale beyond fp16's range gives infinity, as it does in bitsandbytes
-            return np.ascontiguousarray(values.astype(DTYPES[self.state.dtype]).astype(np.float32))
+        return np.ascontiguousarray(rounded(values, self.state.dtype))
 
     def _values_of_bytes(self) -> np.ndarray:
         """float32 [256, 2]: the two numbers that each byte stands for."""

@@ -23,9 +23,10 @@ from composer.quantised import Decoder, corrupt, refuse, scheme
 from composer.quantised.packing import WORD, groups_of, read_rows, scaled, unpack
 from composer.tensors import FLOAT_DTYPES, TensorSpec
 
-__all__ = ["CompressedTensors"]
+__all__ = ["EIGHT_BIT_FORMATS", "CompressedTensors", "weight_groups"]
 
 FORMAT = "pack-quantized"
+EIGHT_BIT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 BITS = (4, 8)
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 STRATEGIES = ("group", "channel", "tensor")
@@ -77,22 +78,10 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def matches(self, config: Mapping[str, Any]) -> bool:
-        return config.get("quant_method") == "compressed-tensors"
+        return config.get("quant_method") == "compressed-tensors" and config.get("format") not in EIGHT_BIT_FORMATS
 
     def check(self, config: Mapping[str, Any]) -> None:
-        named = config.get("config_groups")
-        groups = list(named.values()) if isinstance(named, dict) else []
-        described = [group for group in groups if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
-        if not groups or described != groups:
-            raise refuse("compressed-tensors: config_groups says nothing of weights", expected="weights in each group",
-                         found=named)  # fmt: skip
-        formats = [group.get("format") or config.get("format") for group in groups]
-        if any(found != FORMAT for found in formats):
-            raise refuse(f"compressed-tensors in the format {formats[0]!r} cannot be read", expected=FORMAT,
-                         found=formats)  # fmt: skip
-        for option in ("transform_config", "kv_cache_scheme", "sparsity_config"):
-            if config.get(option):
-                raise refuse(f"compressed-tensors: {option} is not read", expected="none", found=config[option])
+        groups = weight_groups(config, (FORMAT,))
         for group in groups:
             weights = group["weights"]
             kind = (weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy"))
@@ -114,6 +103,24 @@ class CompressedTensors:
         if orphans:
             raise corrupt(orphans[0], "the weight_packed of its layer", "none")
         return [_decoder(layer, bits, asymmetric, stored) for layer in layers]
+
+
+def weight_groups(config: Mapping[str, Any], formats: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The config_groups, each with `weights`. Raises UnsupportedQuantisationError unless all are in `formats`."""
+    named = config.get("config_groups")
+    groups = list(named.values()) if isinstance(named, dict) else []
+    described = [group for group in groups if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
+    if not groups or described != groups:
+        raise refuse("compressed-tensors: config_groups says nothing of weights", expected="weights in each group",
+                     found=named)  # fmt: skip
+    found = [group.get("format") or config.get("format") for group in groups]
+    if any(name not in formats for name in found):
+        raise refuse(f"compressed-tensors in the format {found[0]!r} cannot be read",
+                     expected=(FORMAT, *EIGHT_BIT_FORMATS), found=found)  # fmt: skip
+    for option in ("transform_config", "kv_cache_scheme", "sparsity_config"):
+        if config.get(option):
+            raise refuse(f"compressed-tensors: {option} is not read", expected="none", found=config[option])
+    return groups
 
 
 def _decoder(layer: str, bits: int, asymmetric: bool, stored: Mapping[str, TensorSpec]) -> PackedLayer:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from composer.quantised import Decoder, corrupt, refuse, scheme
+from composer.quantised.packing import rounded
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec
 
-__all__ = ["Fp8"]
+__all__ = ["Fp8", "Fp8Blocks"]
 
 SCALE = "_scale_inv"
 BLOCK = (128, 128)
@@ -29,11 +30,12 @@ FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True, slots=True)
 class Fp8Blocks:
-    """One weight; `block` is (rows, columns) that share a scale."""
+    """One weight of 8-bit numbers; `block` is (rows, columns) that share a scale; the product rounds to `dtype`."""
 
     weight: TensorSpec
     scale: TensorSpec
     block: tuple[int, int]
+    dtype: str = "F32"
 
     @property
     def name(self) -> str:
@@ -57,10 +59,15 @@ class Fp8Blocks:
         size = DTYPES[self.scale.dtype].itemsize * across
         scales = np.frombuffer(self.scale.read_bytes(first * size, last * size), DTYPES[self.scale.dtype])
         scales = scales.astype(np.float32).reshape(last - first, across)
-        for row in range(first, last):
-            part = values[max(row * height - start, 0) : (row + 1) * height - start]
-            part *= np.repeat(scales[row - first], width)[:columns]
-        return values
+        if across > 1:
+            scales = np.repeat(scales, width, axis=1)[:, :columns]
+        if height == 1:
+            values *= scales
+        else:
+            for row in range(first, last):
+                part = values[max(row * height - start, 0) : (row + 1) * height - start]
+                part *= scales[row - first]
+        return rounded(values, self.dtype)
 
 
 @scheme

@@ -13,7 +13,7 @@ import numpy as np
 from composer.quantised import corrupt
 from composer.tensors import DTYPES, TensorSpec
 
-__all__ = ["WORD", "groups_of", "read_columns", "read_rows", "scaled", "unpack"]
+__all__ = ["WORD", "groups_of", "read_columns", "read_rows", "rounded", "scaled", "unpack"]
 
 WORD = 32
 
@@ -60,6 +60,11 @@ def scaled(integers: np.ndarray, zeros: np.ndarray | int, scales: np.ndarray, dt
     values = integers.astype(np.float32)
     values -= np.float32(zeros) if isinstance(zeros, int) else zeros.astype(np.float32)
     values *= scales.astype(np.float32)
+    return rounded(values, dtype)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers rounded to `dtype`, in float32."""
     if dtype == "F32":
         return values
     with np.errstate(over="ignore"):  # beyond fp16's range lies infinity, as in the library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import tracemalloc
@@ -282,13 +283,39 @@ def test_compressed_tensors_unpacks_signed_integers(tmp_path: Path, bits: int, l
     assert np.array_equal(found[NAME], exact.astype(np.float32).astype(DTYPES["BF16"]).astype(np.float32))
 
 
-@pytest.mark.parametrize("case", ["group_asymmetric", "channel"])
+def plain_config(strategy: str = "channel", form: str = "float-quantized", **changes: Any) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors whose weights are not packed; `changes` are of the one group."""
+    weights = {"num_bits": 8, "strategy": strategy, "symmetric": True, "block_structure": [4, 8]}
+    activations = {"num_bits": 8, "dynamic": True}
+    return {"quant_method": "compressed-tensors", "format": form,
+            "config_groups": {"g": {"weights": weights, "input_activations": activations, **changes}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", ["F8_E4M3", "I8"])
+@pytest.mark.parametrize(("strategy", "block"), [("tensor", (11, 21)), ("channel", (1, 21)), ("block", (4, 8))])
+def test_compressed_tensors_8_bit_rounds_to_the_scales_dtype(
+    tmp_path: Path, strategy: str, block: tuple[int, int], stored: str
+) -> None:
+    """Oracle: number · scale of its block in float64, which float32 holds exactly, rounded once to bf16."""
+    numbers = (random().normal(size=(11, 21)) * 60).clip(-127, 127).astype(DTYPES[stored])
+    grid = (1,) if strategy == "tensor" else (-(-11 // block[0]), -(-21 // block[1]))
+    scales = random().uniform(0.001, 0.1, grid).astype(DTYPES["BF16"])
+    config = plain_config(strategy, "float-quantized" if stored == "F8_E4M3" else "int-quantized")
+    found = decoded(quantised_base(tmp_path / "base", {NAME: numbers, f"{NAME}_scale": scales}, config))
+    exact = numbers.astype(np.float64)
+    for i in range(11):
+        for j in range(21):
+            exact[i, j] *= float(scales[0] if strategy == "tensor" else scales[i // block[0], j // block[1]])
+    assert np.array_equal(found[NAME], exact.astype(np.float32).astype(DTYPES["BF16"]).astype(np.float32))
+
+
+@pytest.mark.parametrize("case", ["group_asymmetric", "channel", "fp8_channel"])
 def test_decoding_equals_compressed_tensors_bit_for_bit(tmp_path: Path, case: str) -> None:
     """Oracle: the decompression of compressed-tensors 0.20.0."""
     path = FIXTURES / "compressed_tensors.safetensors"
     stored = {name: spec.read() for name, spec in read_header(path).tensors.items() if name.startswith(f"{case}.")}
     expected = stored.pop(f"{case}.expected")
-    config = packed_config(4, "channel" if case == "channel" else "group")
+    config = plain_config() if case == "fp8_channel" else packed_config(4, case.partition("_")[0])
     found = decoded(quantised_base(tmp_path / "base", stored, config))[f"{case}.weight"]
     assert np.array_equal(found, expected.astype(np.float32))
 
@@ -431,7 +458,10 @@ def test_reading_rows_holds_no_more_than_a_few_blocks(tmp_path: Path, monkeypatc
      {"quant_method": "gptq", "bits": 4, "rotation": "hadamard"},
      {"quant_method": "awq", "bits": 8}, {"quant_method": "awq", "bits": 4, "version": "gemv"},
      {"quant_method": "compressed-tensors"}, {"quant_method": "compressed-tensors", "config_groups": {"a": 1}},
-     packed_config() | {"format": "float-quantized"}, packed_config() | {"transform_config": {"a": 1}},
+     packed_config() | {"format": "float-quantized"}, packed_config() | {"format": "nvfp4-pack-quantized"},
+     plain_config("group"), plain_config(input_activations={"num_bits": 8, "dynamic": False}),
+     plain_config(weights={"num_bits": 8, "strategy": "channel", "symmetric": False}),
+     plain_config(weights={"num_bits": 8, "strategy": "block"}), packed_config() | {"transform_config": {"a": 1}},
      packed_config(3), packed_config(4, "block"), packed_config(input_activations={"num_bits": 8})],
     ids=lambda config: "-".join(map(str, config.values()))[:60],
 )  # fmt: skip
@@ -504,6 +534,13 @@ BREAKS: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = 
     "packed-scale-alone": lambda: (packed(weight_packed=None), packed_config()),
     "packed-without-its-zeros": lambda: (packed(), packed_config(weights={
         "num_bits": 4, "type": "int", "strategy": "group", "symmetric": False})),
+    "8-bit-without-scale": lambda: ({NAME: np.ones((4, 4), np.int8)}, plain_config()),
+    "8-bit-scale-alone": lambda: ({f"{NAME}_scale": np.ones((4, 1), np.float32)}, plain_config()),
+    "8-bit-scale-of-another-grid": lambda: (
+        {NAME: np.ones((4, 4), np.int8), f"{NAME}_scale": np.ones((3, 1), np.float32)}, plain_config()),
+    "8-bit-with-zeros": lambda: (
+        {NAME: np.ones((4, 4), np.int8), f"{NAME}_scale": np.ones((4, 1), np.float32),
+         f"{NAME}_zero_point": np.ones((4, 1), np.int8)}, plain_config()),
     "config-of-another-type": lambda: ({NAME: np.ones((4, 4), np.float32)}, "nf4"),
 }  # fmt: skip
 
@@ -617,7 +654,22 @@ def test_no_scheme_imports_a_heavy_library() -> None:
     code = "from composer.quantised import schemes; schemes(); import sys; print([m for m in ('torch', 'bitsandbytes', 'gguf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert list(schemes()) == ["awq", "bitsandbytes 4-bit", "bitsandbytes int8", "compressed-tensors", "fp8", "gptq"]
+    assert sorted(schemes()) == [
+        "awq", "bitsandbytes 4-bit", "bitsandbytes int8", "compressed-tensors", "compressed-tensors 8", "fp8", "gptq",
+    ]  # fmt: skip
+
+
+def test_a_decoded_base_exports_to_onnx_as_the_plain_model_does() -> None:
+    """The exporter's check looks at what is composed; a quantisation that cannot be decoded is still refused."""
+    from composer.errors import UnsupportedArchitectureError
+    from composer.exporters import find_exporter
+
+    checkpoint = open_checkpoint(NF4_LLAMA)
+    find_exporter("onnx").check(checkpoint)
+    assert "quantization_config" in checkpoint.config
+    unread = dataclasses.replace(checkpoint, scheme=None)
+    with pytest.raises(UnsupportedArchitectureError, match="quantised"):
+        find_exporter("onnx").check(unread)
 
 
 def test_a_config_without_a_quantisation_is_left_as_it_is(tmp_path: Path) -> None:
