@@ -34,6 +34,8 @@ STATE = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 TYPES = ("nf4", "fp4")
 MAX_STATE_BYTES = 4096
+MAX_BLOCK = 1 << 16  # bitsandbytes has 4096 at most
+LARGEST = 3e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +178,12 @@ def _read_state(name: str, blob: TensorSpec) -> State:
         not (isinstance(shape, list) and shape and all(type(size) is int and size > 0 for size in shape))
         or dtype not in FLOATS
         or type(blocksize) is not int
-        or blocksize < 2
+        or not 2 <= blocksize <= MAX_BLOCK
         or blocksize % 2
         or type(nested) is not int
-        or nested < 0
+        or not 0 <= nested <= MAX_BLOCK
         or type(offset) not in (int, float)
+        or not abs(offset) < LARGEST  # neither of infinity, NaN and integers of hundreds of digits
     ):
         raise corrupt(name, "shape, dtype and an even blocksize in its quant_state", fields)
     return State(tuple(shape), FLOATS[dtype], blocksize, nested, offset)

@@ -320,6 +320,39 @@ def test_decoding_equals_compressed_tensors_bit_for_bit(tmp_path: Path, case: st
     assert np.array_equal(found, expected.astype(np.float32))
 
 
+def test_mxfp4_equals_transformers_bit_for_bit(tmp_path: Path) -> None:
+    """Oracle: transformers' own conversion of gpt-oss experts to bf16; the layout is [experts, in, out]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = random().integers(0, 256, (3, 10, 2, 16)).astype(np.uint8)
+    scales = random().integers(100, 140, (3, 10, 2)).astype(np.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    bias = np.ones((3, 10), DTYPES["BF16"])
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_bias": bias}
+    base = quantised_base(tmp_path / "base", tensors, {"quant_method": "mxfp4"})
+    expected = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+    compose_folders(base, [], tmp_path / "out")
+    written = read_tensors(tmp_path / "out")
+    assert set(written) == {name, f"{name}_bias"}
+    assert written[name].shape == (3, 64, 10)
+    assert torch.equal(written[name], expected)
+    assert np.array_equal(decoded(base)[name], expected.float().numpy())
+
+
+def test_mxfp4_is_the_value_times_a_power_of_two(tmp_path: Path) -> None:
+    """Oracle: sign, two exponent bits and one mantissa bit spelled out, times 2^(scale − 127), in float64: exact."""
+    blocks = np.arange(16, dtype=np.uint8).reshape(1, 1, 1, 16) * 16 + 5
+    base = quantised_base(tmp_path / "base", {"w_blocks": blocks, "w_scales": np.full((1, 1, 1), 120, np.uint8)},
+                          {"quant_method": "mxfp4"})  # fmt: skip
+    exact = []
+    for byte in blocks.reshape(-1).tolist():
+        for half in (byte % 16, byte // 16):
+            sign, exponent, mantissa = half // 8, half // 2 % 4, half % 2
+            magnitude = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+            exact.append((-1) ** sign * magnitude * 2.0**-7)
+    assert decoded(base)["w"].reshape(-1).tolist() == exact
+
+
 def test_a_qlora_composes_into_the_weights_it_was_trained_on(tmp_path: Path) -> None:
     """Oracle: bitsandbytes' dequantised matrices + s·B·A in float64, rounded once to float32; it loads in transformers."""
     from safetensors.torch import load_file
@@ -510,6 +543,12 @@ BREAKS: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = 
         shape=[0, 10], dtype="float32", blocksize=16)}), FOUR_BIT),
     "zero-block": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
         shape=[6, 10], dtype="float32", blocksize=0)}), FOUR_BIT),
+    "huge-block": lambda: (four_bit(absmax=np.ones(1, np.float32), **{"quant_state.bitsandbytes__nf4": state(
+        shape=[6, 10], dtype="float32", blocksize=2**62)}), FOUR_BIT),
+    "infinite-offset": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
+        shape=[6, 10], dtype="float32", blocksize=16, nested_offset=float("inf"))}), FOUR_BIT),
+    "offset-of-many-digits": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
+        shape=[6, 10], dtype="float32", blocksize=16, nested_offset=10**400)}), FOUR_BIT),
     "other-shape": lambda: (four_bit(**{"quant_state.bitsandbytes__nf4": state(
         shape=[6, 12], dtype="float32", blocksize=16)}), FOUR_BIT),
     "int8-without-weight": lambda: ({"model.q_proj.SCB": np.ones(4, np.float32)}, INT8),
@@ -541,6 +580,11 @@ BREAKS: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = 
     "8-bit-with-zeros": lambda: (
         {NAME: np.ones((4, 4), np.int8), f"{NAME}_scale": np.ones((4, 1), np.float32),
          f"{NAME}_zero_point": np.ones((4, 1), np.int8)}, plain_config()),
+    "mxfp4-without-scales": lambda: ({"w_blocks": np.zeros((1, 2, 1, 16), np.uint8)}, {"quant_method": "mxfp4"}),
+    "mxfp4-scales-alone": lambda: ({"w_scales": np.zeros((1, 2, 1), np.uint8)}, {"quant_method": "mxfp4"}),
+    "mxfp4-of-other-blocks": lambda: (
+        {"w_blocks": np.zeros((1, 2, 1, 8), np.uint8), "w_scales": np.zeros((1, 2, 1), np.uint8)},
+        {"quant_method": "mxfp4"}),
     "config-of-another-type": lambda: ({NAME: np.ones((4, 4), np.float32)}, "nf4"),
 }  # fmt: skip
 
@@ -656,6 +700,7 @@ def test_no_scheme_imports_a_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
     assert sorted(schemes()) == [
         "awq", "bitsandbytes 4-bit", "bitsandbytes int8", "compressed-tensors", "compressed-tensors 8", "fp8", "gptq",
+        "mxfp4",
     ]  # fmt: skip
 
 
