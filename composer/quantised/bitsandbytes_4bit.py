@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from composer.quantised import FLOATS, Decoder, corrupt, scheme
-from composer.quantised.packing import rounded
+from composer.quantised.packing import look_up, rounded
 from composer.tensors import DTYPES, TensorSpec
 
 __all__ = ["BitsAndBytes4Bit"]
@@ -83,15 +83,10 @@ class FourBit:
         halves = np.zeros((end - block) * size // 2, np.uint8)
         raw = self.packed.read_bytes(block * size // 2, min(self.packed.nbytes, end * size // 2))
         halves[: len(raw)] = np.frombuffer(raw, np.uint8)
-        pairs = self._values_of_bytes()[halves].reshape(end - block, size)
-        pairs *= self._scales(block, end)[:, None]
-        values = pairs.reshape(-1)[first - block * size : last - block * size].reshape(stop - start, columns)
+        blocks = look_up(self.quant_map.read(), halves, high_first=True).reshape(end - block, size)
+        blocks *= self._scales(block, end)[:, None]
+        values = blocks.reshape(-1)[first - block * size : last - block * size].reshape(stop - start, columns)
         return np.ascontiguousarray(rounded(values, self.state.dtype))
-
-    def _values_of_bytes(self) -> np.ndarray:
-        """float32 [256, 2]: the two numbers that each byte stands for."""
-        values, codes = self.quant_map.read().astype(np.float32), np.arange(256)
-        return np.stack([values[codes >> 4], values[codes & 15]], axis=1)
 
     def _scales(self, start: int, stop: int) -> np.ndarray:
         """float32 scales of the blocks [start, stop)."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from composer.quantised import Decoder, corrupt, scheme
-from composer.quantised.packing import rounded
+from composer.quantised.packing import look_up, rounded
 from composer.tensors import TensorSpec
 
 __all__ = ["Mxfp4"]
@@ -58,8 +58,8 @@ class Experts:
         count = outputs * groups
         halves = np.frombuffer(self.blocks.read_bytes(expert * count * size, (expert + 1) * count * size), np.uint8)
         exponents = np.frombuffer(self.scales.read_bytes(expert * count, (expert + 1) * count), np.uint8)
-        table, codes = np.array([*MAGNITUDES, *(-value for value in MAGNITUDES)], np.float32), np.arange(256)
-        numbers = np.stack([table[codes & 15], table[codes >> 4]], axis=1)[halves].reshape(count, size * 2)
+        table = np.array([*MAGNITUDES, *(-value for value in MAGNITUDES)], np.float32)
+        numbers = look_up(table, halves, high_first=False).reshape(count, size * 2)
         with np.errstate(over="ignore"):
             numbers *= np.ldexp(np.float32(1), exponents.astype(np.int32) - BIAS)[:, None]
         return rounded(numbers, "BF16").reshape(outputs, groups * size * 2).T

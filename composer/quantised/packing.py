@@ -13,7 +13,7 @@ import numpy as np
 from composer.quantised import corrupt
 from composer.tensors import DTYPES, TensorSpec
 
-__all__ = ["WORD", "groups_of", "read_columns", "read_rows", "rounded", "scaled", "unpack"]
+__all__ = ["WORD", "groups_of", "look_up", "read_columns", "read_rows", "rounded", "scaled", "unpack"]
 
 WORD = 32
 
@@ -40,6 +40,14 @@ def unpack(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> 
     for place, number in enumerate(order or range(count)):
         out[..., number] = (unsigned >> np.uint32(place * bits)) & np.uint32((1 << bits) - 1)
     return out
+
+
+def look_up(values: np.ndarray, packed: np.ndarray, *, high_first: bool) -> np.ndarray:
+    """float32 [2 n] that the halves of the bytes `packed` [n] stand for, out of 16 `values`."""
+    codes = np.arange(256)
+    first, second = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
+    pairs = np.stack([values[first], values[second]], axis=1).astype(np.float32)
+    return pairs.view(np.uint64).reshape(256)[packed].view(np.float32)  # both halves in one step
 
 
 def groups_of(spec: TensorSpec | None, inputs: int, groups: int) -> np.ndarray:
