@@ -209,8 +209,14 @@ def _quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _kept_dtype(config: Mapping[str, Any], quantisation: Mapping[str, Any]) -> str:
-    """The dtype that the quantised layers compute in, if the config says; else the model's own; else bfloat16."""
-    stated = (quantisation.get("bnb_4bit_compute_dtype"), config.get("dtype"), config.get("torch_dtype"))
+    """The dtype that the quantised layers compute in, if the config says; else the model's own; else bfloat16.
+
+    A bnb_4bit_compute_dtype of float32 says nothing: BitsAndBytesConfig writes it where none was chosen, and for int8.
+    """
+    computed = quantisation.get("bnb_4bit_compute_dtype")
+    stated = [config.get("dtype"), config.get("torch_dtype")]
+    if computed not in ("float32", "torch.float32"):
+        stated.insert(0, computed)
     names = [value.removeprefix("torch.") for value in stated if isinstance(value, str)]
     return next((FLOATS[name] for name in names if name in FLOATS), "BF16")
 

@@ -417,20 +417,24 @@ def test_without_an_adapter_the_result_is_the_dequantised_model(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("computed", "own", "kept"),
     [
-        ({"bnb_4bit_compute_dtype": "float16"}, np.dtype(np.float16)),
-        ({"bnb_4bit_compute_dtype": "torch.bfloat16"}, DTYPES["BF16"]),
-        ({"bnb_4bit_compute_dtype": "float32"}, np.dtype(np.float32)),
-        ({}, DTYPES["BF16"]),
+        ("float16", "bfloat16", np.dtype(np.float16)),
+        ("torch.bfloat16", None, DTYPES["BF16"]),
+        ("float32", None, DTYPES["BF16"]),
+        ("float32", "float16", np.dtype(np.float16)),
+        (None, "float32", np.dtype(np.float32)),
+        (None, "auto", DTYPES["BF16"]),
+        (None, None, DTYPES["BF16"]),
     ],
-    ids=str,
 )
 def test_kept_means_the_dtype_that_the_layers_compute_in(
-    tmp_path: Path, changes: dict[str, Any], kept: np.dtype
+    tmp_path: Path, computed: str | None, own: str | None, kept: np.dtype
 ) -> None:
-    """What quantization_config states, else bf16; config.json names it."""
-    base = quantised_base(tmp_path / "base", four_bit(), FOUR_BIT | changes)
+    """What quantization_config states (its default float32 states nothing), else the model's, else bf16."""
+    base = quantised_base(
+        tmp_path / "base", four_bit(), FOUR_BIT | {"bnb_4bit_compute_dtype": computed}, torch_dtype=own
+    )
     compose_folders(base, [], tmp_path / "out")
     assert DTYPES[read_header(tmp_path / "out" / "model.safetensors").tensors[NAME].dtype] == kept
     named = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
