@@ -635,7 +635,9 @@ def test_a_gptq_base_with_a_lora_is_the_decoded_weight_plus_the_delta(tmp_path: 
     tensors = gptq(qweight=random().integers(-(2**31), 2**31, (2, 16)).astype(np.int32))
     base = quantised_base(tmp_path / "base", tensors, GPTQ, torch_dtype="float16")
     lora = write_lora(tmp_path / "lora", {"model.q_proj": (16, 16)})
+    (base / "quantize_config.json").write_text("{}")
     compose_folders(base, [(lora, 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
     written = read_tensors(tmp_path / "out")
     assert set(written) == {NAME}
     a, b = (spec.read().astype(np.float64) for spec in read_header(lora / "adapter_model.safetensors").tensors.values())
