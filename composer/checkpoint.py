@@ -3,6 +3,8 @@
 config.json
 model.safetensors                                     one file, or
 model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them
+
+A quantised checkpoint stores several tensors a layer; `tensors` has one float tensor for them (composer.quantised).
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError
+from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError, UnsupportedQuantisationError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.quantised import QuantisedTensor, Scheme, find_scheme, logical_tensors
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
 __all__ = ["Checkpoint", "Shard", "open_checkpoint"]
@@ -25,25 +28,32 @@ INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file of a checkpoint."""
+    """One safetensors file of a checkpoint; `tensors` are the logical ones that a composition writes to its place."""
 
     name: str
     header: SafetensorsHeader
+    tensors: dict[str, TensorSpec | QuantisedTensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Full weights, opened by their headers only."""
+    """Full weights, opened by their headers only. `scheme` is how they are quantised, where they are and it is read."""
 
     files: FileSet
     config: dict[str, Any]
     shards: tuple[Shard, ...]
-    tensors: dict[str, TensorSpec]
+    tensors: dict[str, TensorSpec | QuantisedTensor]
+    scheme: Scheme | None = None
+
+    @property
+    def stored(self) -> dict[str, TensorSpec]:
+        """The tensors as they lie in the files: what a fingerprint covers."""
+        return {name: spec for shard in self.shards for name, spec in shard.header.tensors.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights."""
-        return sum(spec.nbytes for spec in self.tensors.values())
+        """Bytes of weights, as stored."""
+        return sum(spec.nbytes for spec in self.stored.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -64,8 +74,11 @@ class Checkpoint:
 def open_checkpoint(source: Path | FileSet) -> Checkpoint:
     """Open a folder (or a mapping of file names to paths) as a checkpoint, reading headers only.
 
+    Of a quantised one the few bytes that describe each layer are read too. A quantisation that cannot be decoded is no
+    error here, so that such a base can be catalogued: its tensors are the stored ones, and a plan refuses it.
+
     Raises NotFoundError (no config, no weights, missing shard), UnsafeFormatError (pickle, remote code) or
-    CorruptFileError (bad safetensors, index and shards disagree).
+    CorruptFileError (bad safetensors, index and shards disagree, a quantised layer is not whole).
     """
     files = folder_files(source) if isinstance(source, Path) else source
     where = str(source) if isinstance(source, Path) else "the checkpoint"
@@ -86,20 +99,37 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
             found=config["auto_map"],
             remedy="convert the model to an architecture that transformers has built in",
         )
-    shards = tuple(Shard(name, read_header(files[name])) for name in _shard_names(files, where))
-    tensors: dict[str, TensorSpec] = {}
-    for shard in shards:
-        for name, spec in shard.header.tensors.items():
-            if name in tensors:
+    headers = {name: read_header(files[name]) for name in _shard_names(files, where)}
+    stored: dict[str, TensorSpec] = {}
+    for shard, header in headers.items():
+        for name, spec in header.tensors.items():
+            if name in stored:
                 raise CorruptFileError(
                     f"{name} lies in two shards",
                     expected="each tensor once",
-                    found=[tensors[name].path.name, shard.name],
+                    found=[stored[name].path.name, shard],
                 )
-            tensors[name] = spec
+            stored[name] = spec
     if INDEX in files:
-        _check_index(files, tensors, {shard.name: set(shard.header.tensors) for shard in shards})
-    return Checkpoint(files, config, shards, tensors)
+        _check_index(files, stored, {shard: set(header.tensors) for shard, header in headers.items()})
+    try:
+        scheme = find_scheme(config)
+    except UnsupportedQuantisationError:
+        scheme = None
+    tensors = logical_tensors(scheme, config, stored) if scheme else dict(stored)
+    return Checkpoint(files, config, _shards(headers, tensors), tensors, scheme)
+
+
+def _shards(
+    headers: dict[str, SafetensorsHeader], tensors: dict[str, TensorSpec | QuantisedTensor]
+) -> tuple[Shard, ...]:
+    """The logical tensors by shard, in the order in which they lie there: a decoded one where its first part does."""
+    places = {tensor.parts[0].name if isinstance(tensor, QuantisedTensor) else name: tensor
+              for name, tensor in tensors.items()}  # fmt: skip
+    return tuple(
+        Shard(shard, header, {places[name].name: places[name] for name in header.tensors if name in places})
+        for shard, header in headers.items()
+    )
 
 
 def _check_config(config: dict[str, Any]) -> None:

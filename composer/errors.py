@@ -10,6 +10,7 @@
     │   ├── UnsupportedAdapterError                  the kind is known, this use of it is not
     │   ├── TargetMismatchError                      adapter and base disagree on names or shapes
     │   ├── TiedWeightsError                         the adapter would change one end of a tied pair
+    │   ├── UnsupportedQuantisationError             no file in composer/quantised reads these weights
     │   ├── WeakCompatibilityError                   the verdict is weaker than what was allowed
     │   ├── UnsupportedArchitectureError             an exporter does not know this model
     │   └── OnnxExportError                          tracing or binding failed
@@ -126,6 +127,12 @@ class TiedWeightsError(IncompatibleError):
     """The adapter would change one end of a tied pair (embedding and output head)."""
 
     code = "tied-weights"
+
+
+class UnsupportedQuantisationError(IncompatibleError):
+    """The base is quantised in a way that cannot be decoded."""
+
+    code = "unsupported-quantisation"
 
 
 class UnsupportedArchitectureError(IncompatibleError):

@@ -20,6 +20,7 @@ FileSet = Mapping[str, Path]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_JSON_BYTES = 16 << 20
+QUANTISATION_CONFIGS = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ; a result is not quantised
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
 
 
@@ -90,7 +91,7 @@ def copy_names(files: FileSet) -> list[str]:
         if name.endswith(COPIED_SUFFIXES)
         and "/" not in name
         and not name.endswith(".safetensors.index.json")
-        and name not in ("README.md", "composition.json")
+        and name not in ("README.md", "composition.json", *QUANTISATION_CONFIGS)
     ]
 
 

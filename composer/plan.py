@@ -27,6 +27,7 @@ from composer.errors import (
     UnsupportedAdapterError,
 )
 from composer.methods import find_method
+from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, Recipe
 from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 
@@ -35,6 +36,7 @@ __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan
 BLOCK_BYTES = 2 << 20
 THREADS = min(4, os.cpu_count() or 1)
 IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
+DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -63,7 +65,7 @@ class WeightedDelta:
 class TensorJob:
     """One tensor of the output: `source` is where the base's lies, `dtype` what is written."""
 
-    source: TensorSpec
+    source: TensorSpec | QuantisedTensor
     dtype: str
     deltas: tuple[WeightedDelta, ...]
 
@@ -75,7 +77,7 @@ class TensorJob:
     @property
     def copied(self) -> bool:
         """Whether the base's bytes go through as they are."""
-        return not self.deltas and self.dtype == self.source.dtype
+        return not self.deltas and self.dtype == self.source.dtype and isinstance(self.source, TensorSpec)
 
     @property
     def block_rows(self) -> int:
@@ -138,6 +140,14 @@ class Plan:
         return sum(bool(job.deltas) for job in self.jobs)
 
     @property
+    def config_dtype(self) -> str | None:
+        """The dtype that config.json of the output has to name; None where the base's own config.json goes along."""
+        if self.recipe.dtype is not Dtype.KEEP:
+            return SAFETENSORS_DTYPE[self.recipe.dtype]
+        kept = (job.dtype for job in self.jobs if isinstance(job.source, QuantisedTensor))
+        return next(kept, "BF16") if self.checkpoint.scheme else None
+
+    @property
     def peak_bytes(self) -> int:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
         return max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
@@ -148,10 +158,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
 
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
-    UnsupportedAdapterError (quantised base, weighted replacement), IncompatibleError (two replacements of one tensor)
-    or RecipeError (unknown method).
+    UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
+    IncompatibleError (two replacements of one tensor) or RecipeError (unknown method).
     """
     find_method(recipe.method)
+    find_scheme(checkpoint.config)
     changes: dict[str, list[WeightedDelta]] = {}
     for index, term in enumerate(terms):
         for delta in _resolve(term, checkpoint):
@@ -163,10 +174,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     for shard in checkpoint.shards:
         jobs = tuple(
             TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())))
-            for name, spec in shard.header.tensors.items()
+            for name, spec in shard.tensors.items()
         )
         layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
-        shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
+        if jobs or len(checkpoint.shards) == 1:
+            shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
     return Plan(recipe, checkpoint, tuple(terms), tuple(shards))
 
 
@@ -277,7 +289,9 @@ def _check_combination(target: str, deltas: list[WeightedDelta], terms: Sequence
             )
 
 
-def _output_dtype(dtype: Dtype, spec: TensorSpec) -> str:
+def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
+    if dtype is Dtype.KEEP and isinstance(spec, QuantisedTensor):
+        return spec.kept
     if dtype is Dtype.KEEP or spec.dtype not in FLOAT_DTYPES:
         return spec.dtype
     return SAFETENSORS_DTYPE[dtype]
@@ -295,4 +309,5 @@ def _block_bytes(job: TensorJob) -> int:
     rows, columns = job.matrix
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize + 4 * len(job.deltas)
+    widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
     return min(rows, job.block_rows) * columns * widths

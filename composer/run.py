@@ -25,7 +25,6 @@ from composer.kernels import LoadedTerm, Survival, cast_block, check_overflow, f
 from composer.methods import find_method
 from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
-from composer.recipe import Dtype
 from composer.sinks import FolderSink
 from composer.tensors import COPY_BYTES, DTYPES
 
@@ -34,7 +33,7 @@ __all__ = ["Outcome", "Progress", "compose", "run"]
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 17, 64
-CONFIG_DTYPE = {Dtype.BF16: "bfloat16", Dtype.FP16: "float16", Dtype.FP32: "float32"}
+CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +188,13 @@ def _index(plan: Plan) -> bytes:
 
 
 def _companion(plan: Plan, name: str) -> bytes:
-    """A file of the base that goes along; config.json names the new dtype where that changed."""
+    """A file of the base that goes along; config.json names the new dtype where that changed, and no quantisation."""
     path = plan.checkpoint.files[name]
-    if name != "config.json" or plan.recipe.dtype is Dtype.KEEP:
+    dtype = plan.config_dtype
+    if name != "config.json" or dtype is None:
         return path.read_bytes()
     config = read_json(path)
     config.pop("torch_dtype", None)
-    config["dtype"] = CONFIG_DTYPE[plan.recipe.dtype]
+    config.pop("quantization_config", None)
+    config["dtype"] = CONFIG_DTYPE[dtype]
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

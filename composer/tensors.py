@@ -77,6 +77,15 @@ class TensorSpec:
             _fill(file, buffer, self)
         return buffer
 
+    def read_pieces(self, start: int, size: int, step: int, count: int) -> bytearray:
+        """`count` pieces of `size` bytes of the data, the first at `start`, one every `step`: columns of a matrix."""
+        buffer = bytearray(size * count)
+        with self.path.open("rb", buffering=0) as file:
+            for index in range(count):
+                file.seek(self.offset + start + index * step)
+                _fill(file, memoryview(buffer)[index * size : (index + 1) * size], self)
+        return buffer
+
     def chunks(self, size: int = COPY_BYTES) -> Iterator[memoryview]:
         """The tensor's data in order, `size` bytes at a time; each view is valid until the next one is asked for."""
         with self.path.open("rb", buffering=0) as file:

@@ -26,9 +26,10 @@ import numpy as np
 
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.files import FileSet, sha256_file
+from composer.quantised import QuantisedTensor
 from composer.tensors import DTYPES, TensorSpec
 
-__all__ = ["Fingerprint", "TensorLeaf", "behaviour_config", "fingerprint_checkpoint"]
+__all__ = ["Fingerprint", "TensorLeaf", "behaviour_config", "fingerprint_checkpoint", "logical_leaves"]
 
 SCHEME = "wf1"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
@@ -83,7 +84,7 @@ def fingerprint_checkpoint(
 
     The result does not depend on files, shards, tensor order, metadata or the number of threads.
     """
-    specs = sorted(checkpoint.tensors.values(), key=lambda spec: -spec.nbytes)
+    specs = sorted(checkpoint.stored.values(), key=lambda spec: -spec.nbytes)
     leaves: dict[str, TensorLeaf] = {}
     done = 0
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
@@ -111,6 +112,23 @@ def fingerprint_checkpoint(
         chat_template=_chat_template_digest(checkpoint.files),
         leaves=ordered,
     )
+
+
+def logical_leaves(checkpoint: Checkpoint, fingerprint: Fingerprint) -> tuple[TensorLeaf, ...]:
+    """The leaves by logical tensor, sorted by name: a quantised layer has one, with the shape that it decodes to.
+
+    These are what adapters bind to and what two bases are compared by; the fingerprint itself covers the stored ones.
+    """
+    leaves = {leaf.name: leaf for leaf in fingerprint.leaves}
+    for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, QuantisedTensor):
+            names = sorted(part.name for part in tensor.parts if part.name in leaves)
+            parts = [leaves.pop(part) for part in names]
+            if parts:  # none are left of an output head that repeats the input embedding
+                bits = _hash([[part.name, part.digest] for part in parts])
+                values = _hash([[part.name, part.value_digest] for part in parts])
+                leaves[name] = TensorLeaf(name, tensor.dtype, tensor.shape, bits, values)
+    return tuple(leaves[name] for name in sorted(leaves))
 
 
 def behaviour_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,10 @@ class OnnxExporter:
         """Raise UnsupportedArchitectureError for a model that cannot be traced."""
         from composer.exporters.onnx import supported
 
-        supported(checkpoint.config)
+        config = dict(checkpoint.config)
+        if checkpoint.scheme:  # what is exported is not quantised any more
+            del config["quantization_config"]
+        supported(config)
 
     def export(
         self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]

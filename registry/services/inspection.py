@@ -92,7 +92,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": checkpoint.architecture,
         "nbytes": checkpoint.nbytes,
         "files": [shard.name for shard in checkpoint.shards],
-        "tensors": _tensors(checkpoint.tensors.values()),
+        "tensors": _tensors(checkpoint.stored.values()),
     }
 
 

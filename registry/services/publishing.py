@@ -26,7 +26,7 @@ from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fing
 from registry.compat import BaseClaim, assess
 from registry.db import session_scope
 from registry.errors import BaseNotFoundError, NameTakenError, VersionTakenError
-from registry.fingerprint import Fingerprint, fingerprint_checkpoint
+from registry.fingerprint import Fingerprint, fingerprint_checkpoint, logical_leaves
 from registry.interface import Progress
 from registry.models import (
     AdapterRow,
@@ -112,7 +112,7 @@ class Publishing:
                         remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
                     )
             if same is not None and parent is None and Path(same.location) != folder and _lies_there(same):
-                return base_info(same, len(fingerprint.leaves))
+                return base_info(same, len(same.tensors))
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
             if parent:
@@ -127,7 +127,7 @@ class Publishing:
             )
             session.add(row)
             session.flush()
-            return base_info(row, len(fingerprint.leaves), created=same is None)
+            return base_info(row, len(row.tensors), created=same is None)
 
     def publish(
         self,
@@ -329,7 +329,7 @@ class Publishing:
 
 def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:
     sizes: dict[str, int] = {}
-    for spec in checkpoint.tensors.values():
+    for spec in checkpoint.stored.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     row.tensor_root = fingerprint.tensor_root
     row.value_root = fingerprint.value_root
@@ -338,7 +338,8 @@ def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerpr
     row.tokenizer_digest = fingerprint.tokenizer
     row.chat_template_digest = fingerprint.chat_template
     row.architecture = checkpoint.architecture
-    row.dtype = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "none"
+    scheme = checkpoint.scheme
+    row.dtype = scheme.name if scheme else max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "none"
     row.parameters = sum(spec.nbytes // DTYPES[spec.dtype].itemsize for spec in checkpoint.tensors.values())
     row.nbytes = checkpoint.nbytes
     row.location = str(folder)
@@ -351,7 +352,7 @@ def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerpr
                 digest=leaf.digest,
                 value_digest=leaf.value_digest,
             )
-            for leaf in fingerprint.leaves
+            for leaf in logical_leaves(checkpoint, fingerprint)
         ]
 
 
