@@ -163,6 +163,25 @@ def tsv_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
     return polar(u) * s @ polar(v).T
 
 
+def core_space_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
+    """Bases as eigenvectors of B·Bᵀ and AᵀA, cores as projections of the dense deltas."""
+    k = sum(d.right.shape[0] for d in deltas)
+    b = np.concatenate([d.left.astype(np.float64) * float(d.scale) for d in deltas], axis=1)
+    a = np.concatenate([d.right.astype(np.float64) for d in deltas])
+    u = np.linalg.eigh(b @ b.T)[1][:, ::-1][:, : min(k, ROWS)]
+    v = np.linalg.eigh(a.T @ a)[1][:, ::-1][:, : min(k, COLUMNS)]
+    cores = [u.T @ t @ v for t in exact(deltas)]
+    return u @ elected(scaled([trimmed(core, 0.5) for core in cores], weights)) @ v.T
+
+
+def knots_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
+    """From the dense matrices."""
+    u, s, v = np.linalg.svd(np.concatenate(exact(deltas), axis=1), full_matrices=False)
+    k = min(sum(d.right.shape[0] for d in deltas), ROWS)
+    parts = [trimmed(v[:k, i * COLUMNS : (i + 1) * COLUMNS], 0.5) for i in range(len(deltas))]
+    return u[:, :k] * s[:k] @ elected(scaled(parts, weights))
+
+
 def linear_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
     return total(exact(deltas), weights)
 
@@ -231,6 +250,8 @@ ORACLES: dict[str, tuple[dict[str, Any], Callable[[Deltas, list[float]], np.ndar
     "model_stock": ({}, model_stock_oracle, {}, False),
     "svd": ({"rank": 3}, svd_oracle, {}, False),
     "iso_c": ({"scaling": 2}, iso_c_oracle, None, False),
+    "core_space": ({"density": 0.5}, core_space_oracle, {"density": 1}, False),
+    "knots": ({"density": 0.5}, knots_oracle, {"density": 1}, False),
     "tsv": ({}, tsv_oracle, {}, False),
     "linear@peft": ({}, peft_oracle("linear"), {}, False),
     "magnitude_prune@peft": ({"density": 0.6}, peft_oracle("magnitude_prune", density=0.6), {"density": 1}, False),
