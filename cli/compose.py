@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from cli.options import ALLOW, DTYPES, EXPORTS, Settings, common_options, pass_settings
 from cli.output import emit
@@ -20,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INCOMPATIBLE = 4
 MAX_OUT = 100
+RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
 def recipe_options(command: F) -> F:
@@ -39,15 +41,42 @@ def recipe_options(command: F) -> F:
         show_default=True,
         help="The weights' number format; keep is the base's.",
     )(command)
+    command = click.option(
+        "-p",
+        "--parameter",
+        "parameters",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A parameter of the method, such as density=0.2.",
+    )(command)
     command = click.option("--method", default="linear", show_default=True, help="How deltas are combined.")(command)
     return click.argument("recipe")(command)
 
 
-def to_recipe(text: str, method: str, dtype: str, export: str, allow: str) -> Recipe:
-    """A Recipe of the command's words."""
-    from composer.recipe import Allow, Dtype, Export, parse_recipe
+def to_recipe(text: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, allow: str) -> Recipe:
+    """A Recipe of the command's words, or of a file and the options that were given beside it."""
+    from composer.recipe import Allow, Dtype, Export, load_recipe, parse_recipe
 
-    return parse_recipe(text, method=method, dtype=Dtype(dtype), export=Export(export), allow=Allow(allow))
+    pairs = dict(map(_pair, parameters))
+    if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
+        words = {"method": method, "parameters": pairs, "dtype": dtype, "export": export, "allow": allow}
+        source = click.get_current_context().get_parameter_source
+        return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
+    return parse_recipe(
+        text, method=method, parameters=pairs, dtype=Dtype(dtype), export=Export(export), allow=Allow(allow)
+    )
+
+
+def _pair(text: str) -> tuple[str, float | str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="-p")
+    for number in (int, float):  # as YAML and JSON have them, so that one recipe has one digest
+        try:
+            return name, number(value)
+        except ValueError:
+            continue
+    return name, value
 
 
 def default_out(recipe: Recipe) -> Path:
@@ -64,21 +93,25 @@ def default_out(recipe: Recipe) -> Path:
         name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
-    return Path(f"{name}{dtype}{export}")
+    method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
+    return Path(f"{name}{method}{dtype}{export}")
 
 
 @click.command()
 @recipe_options
 @common_options
 @pass_settings
-def plan(settings: Settings, recipe: str, method: str, dtype: str, export: str, allow: str) -> None:
+def plan(
+    settings: Settings, recipe: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, allow: str
+) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
-    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…]. Exits with 4 when the verdict is weaker than --allow.
+    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…] or a YAML file. Exits with 4 when the verdict is weaker than
+    --allow.
     """
     from cli.views import plan_block
 
-    info = settings.registry.plan(to_recipe(recipe, method, dtype, export, allow))
+    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, allow))
     emit(settings, info, lambda: plan_block(info), lambda: "accepted" if info.accepted else "refused", info.warnings)
     if not info.accepted:
         click.get_current_context().exit(INCOMPATIBLE)
@@ -96,6 +129,7 @@ def compose(
     settings: Settings,
     recipe: str,
     method: str,
+    parameters: tuple[str, ...],
     dtype: str,
     export: str,
     allow: str,
@@ -104,12 +138,12 @@ def compose(
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json.
 
-    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter. The
-    folder appears whole or not at all.
+    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
+    YAML file that may give weights by module. The folder appears whole or not at all.
     """
     from cli.views import composition_block
 
-    wanted = to_recipe(recipe, method, dtype, export, allow)
+    wanted = to_recipe(recipe, method, parameters, dtype, export, allow)
     folder = out or default_out(wanted)
     with settings.progress() as progress:
         result = settings.registry.compose(wanted, folder, replace=force, progress=progress)

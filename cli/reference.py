@@ -22,7 +22,20 @@ def render() -> str:
     ]
     for path, text in _helps(cli, None, "registry"):
         parts.append(f"## {path}\n\n```\n{text}\n```")
+    parts += ["## Merge methods", _methods()]
     return "\n\n".join(parts) + "\n"
+
+
+def _methods() -> str:
+    """A table of the methods that `--method` takes, and the parameters that `-p` sets."""
+    from composer.methods import methods
+
+    lines = ["| `--method` | what it computes | `-p` |", "|---|---|---|"]
+    for name, method in sorted(methods().items()):
+        parameters = "<br>".join(f"`{parameter}`" for parameter in method.parameters.values())
+        summary = method.summary.replace("|", r"\|")
+        lines.append(f"| `{name}` | {summary} | {parameters} |")
+    return "\n".join(lines)
 
 
 def _helps(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:

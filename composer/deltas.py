@@ -101,7 +101,9 @@ class LowRank:
     def load(self) -> LoadedLowRank:
         a, b = read_array(self.a), read_array(self.b)
         left, right = (a.T, b.T) if self.transposed else (b, a)
-        return LoadedLowRank(np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(self.scale), self.copy)
+        return LoadedLowRank(
+            np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(self.scale), self.copy, self.transposed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class LoadedLowRank:
     right: np.ndarray
     scale: np.float32
     copy: TensorSpec | None = None
+    transposed: bool = False  # left is A, right is B
 
     def rows(self, start: int, stop: int, base: np.ndarray) -> np.ndarray:
         self.check_base(start, stop, base)

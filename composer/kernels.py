@@ -15,7 +15,7 @@ import numpy as np
 
 from composer.deltas import BlockDelta, LoadedLowRank
 from composer.errors import NonFiniteError
-from composer.methods import MergeMethod
+from composer.methods import BoundMethod
 from composer.product import Factors, add_product
 from composer.tensors import DTYPES
 
@@ -109,7 +109,7 @@ def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name:
 
 
 def merge_block(
-    base: np.ndarray, terms: Sequence[LoadedTerm], start: int, method: MergeMethod, dtype: str
+    base: np.ndarray, terms: Sequence[LoadedTerm], start: int, method: BoundMethod, dtype: str
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray]]]:
     """base + method(deltas) for rows [start, start + len(base)), rounded once to `dtype`.
 
@@ -118,7 +118,8 @@ def merge_block(
     """
     original = base.astype(np.float32)
     deltas = [(term.term, term.delta.rows(start, start + len(base), original)) for term in terms]
-    total = method([delta for _, delta in deltas], [term.weight for term in terms])
+    blocks, weights = [delta for _, delta in deltas], [term.weight for term in terms]
+    total = method(blocks, weights, original, start, [term.delta for term in terms])
     with np.errstate(over="ignore"):  # an overflow is looked for by the caller, and named
         result = (original + total).astype(DTYPES[dtype])
     return result, total, deltas

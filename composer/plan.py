@@ -26,9 +26,9 @@ from composer.errors import (
     TiedWeightsError,
     UnsupportedAdapterError,
 )
-from composer.methods import find_method
+from composer.methods import MergeMethod, find_method
 from composer.quantised import QuantisedTensor, find_scheme
-from composer.recipe import Dtype, Recipe
+from composer.recipe import Dtype, ModuleWeight, Recipe
 from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
@@ -37,6 +37,7 @@ BLOCK_BYTES = 2 << 20
 THREADS = min(4, os.cpu_count() or 1)
 IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
+SCRATCH = 32  # bytes a number and delta that a method holds besides its arguments: masks, ranks, random numbers
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -50,6 +51,11 @@ class Term:
     label: str
     adapter: Adapter
     weight: float
+    modules: tuple[ModuleWeight, ...] = ()
+
+    def weight_of(self, target: str) -> float:
+        """The weight of the first pattern in `modules` that fits the base tensor's name, else `weight`."""
+        return next((entry.weight for entry in self.modules if entry.fits(target)), self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class TensorJob:
     source: TensorSpec | QuantisedTensor
     dtype: str
     deltas: tuple[WeightedDelta, ...]
+    method: MergeMethod | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,9 +88,9 @@ class TensorJob:
 
     @property
     def block_rows(self) -> int:
-        """How many rows are merged at once: a float32 block stays within BLOCK_BYTES, unless a delta needs all rows."""
+        """How many rows are merged at once: a float32 block stays within BLOCK_BYTES, unless all are needed."""
         rows, columns = self.matrix
-        if any(item.delta.whole for item in self.deltas):
+        if any(item.delta.whole for item in self.deltas) or (self.deltas and self.method and self.method.whole):
             return rows
         return max(1, BLOCK_BYTES // (4 * max(columns, 1)))
 
@@ -159,21 +166,27 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
     UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
-    IncompatibleError (two replacements of one tensor) or RecipeError (unknown method).
+    IncompatibleError (two replacements of one tensor) or RecipeError (unknown method or parameter, too many adapters
+    for it, a module pattern that fits nothing).
     """
-    find_method(recipe.method)
     find_scheme(checkpoint.config)
+    method = find_method(recipe.method)
+    method.resolve(recipe.parameters)
+    _check_terms(method, [term for term in terms if _counts(term)])
     changes: dict[str, list[WeightedDelta]] = {}
     for index, term in enumerate(terms):
-        for delta in _resolve(term, checkpoint):
-            if term.weight != 0.0:
-                changes.setdefault(delta.target, []).append(WeightedDelta(delta, term.weight, index))
+        resolved = _resolve(term, checkpoint)
+        _check_patterns(term, [delta.target for delta in resolved])
+        for delta in resolved:
+            if (weight := term.weight_of(delta.target)) != 0.0:
+                changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
     for target, deltas in changes.items():
         _check_combination(target, deltas, terms, checkpoint)
+        _check_factors(method, target, deltas, terms)
     shards = []
     for shard in checkpoint.shards:
         jobs = tuple(
-            TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())))
+            TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())), method)
             for name, spec in shard.tensors.items()
         )
         layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
@@ -289,6 +302,54 @@ def _check_combination(target: str, deltas: list[WeightedDelta], terms: Sequence
             )
 
 
+def _counts(term: Term) -> bool:
+    return any(weight != 0.0 for weight in (term.weight, *(entry.weight for entry in term.modules)))
+
+
+def _check_terms(method: MergeMethod, terms: Sequence[Term]) -> None:
+    """Raise RecipeError when `method` combines fewer adapters than these."""
+    if method.terms is not None and len(terms) > method.terms:
+        raise RecipeError(
+            f"method {method.name!r} combines {method.terms} adapters, not {len(terms)}",
+            expected=f"at most {method.terms} of a weight other than 0",
+            found=[term.label for term in terms],
+            remedy="leave adapters out, or choose another method",
+        )
+
+
+def _check_patterns(term: Term, targets: Sequence[str]) -> None:
+    for entry in term.modules:
+        if not any(entry.fits(target) for target in targets):
+            raise RecipeError(
+                f"{term.label}: no tensor that it changes is named like {entry.pattern!r}",
+                expected="a glob that fits a tensor of the base, such as *.layers.0.*",
+                found=entry.pattern,
+                remedy=f"its tensors are {', '.join(targets[:3])}{', …' if len(targets) > 3 else ''}",
+            )
+
+
+def _check_factors(method: MergeMethod, target: str, deltas: list[WeightedDelta], terms: Sequence[Term]) -> None:
+    """A method on factors combines plain LoRA only, some of them of one rank only."""
+    if not method.factors or deltas[0].delta.replaces:
+        return
+    for item in deltas:
+        if not isinstance(item.delta, LowRank):
+            raise IncompatibleError(
+                f"method {method.name!r} works on low-rank factors: {terms[item.term].label} has none for {target}",
+                expected="adapters of kind lora",
+                found=type(item.delta).__name__,
+                remedy="use a method on whole deltas, such as linear or ties",
+            )
+    ranks = [item.delta.a.shape[0] for item in deltas if isinstance(item.delta, LowRank)]
+    if method.equal_ranks and len(set(ranks)) > 1:
+        raise IncompatibleError(
+            f"method {method.name!r} combines A and B apart: {target} has adapters of ranks {ranks}",
+            expected="one rank",
+            found=ranks,
+            remedy="use a method in product space, such as linear or ties",
+        )
+
+
 def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
     if dtype is Dtype.KEEP and isinstance(spec, QuantisedTensor):
         return spec.kept
@@ -310,4 +371,6 @@ def _block_bytes(job: TensorJob) -> int:
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize + 4 * len(job.deltas)
     widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
+    if job.method and job.method.name != "linear":
+        widths += SCRATCH * len(job.deltas)
     return min(rows, job.block_rows) * columns * widths

@@ -5,6 +5,15 @@ smollm2+team/shout@1.0.0:0.7+./my-adapter
 base    adapter    |     |   a folder is as good as a name
                    |     weight (default 1)
                    version, alias or sha256:… (default latest)
+
+or a file, which can say more (`load_recipe`):
+
+    base: smollm2
+    adapters:
+      - {ref: team/shout, version: 1.0.0, weight: 0.7, modules: {"*.layers.0.*": 0, "*.v_proj.weight": 0.3}}
+      - {ref: ./my-adapter}
+    method: ties
+    parameters: {density: 0.2}
 """
 
 from __future__ import annotations
@@ -13,13 +22,31 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from composer.errors import RecipeError
 
-__all__ = ["AdapterTerm", "Allow", "Dtype", "Export", "Recipe", "is_path", "parse_recipe", "split_reference"]
+__all__ = [
+    "AdapterTerm",
+    "Allow",
+    "Dtype",
+    "Export",
+    "ModuleWeight",
+    "Recipe",
+    "Value",
+    "is_path",
+    "load_recipe",
+    "parse_recipe",
+    "split_reference",
+]
+
+Value: TypeAlias = int | float | str
 
 TERM = re.compile(r"(?P<ref>[^@]+?)(?:@(?P<version>sha256:[0-9a-f]{6,64}|[^@:]+))?(?::(?P<weight>[^:/]*))?")
 SYNTAX = "BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], for example smollm2+team/shout@1.0.0:0.7+team/json"
@@ -53,12 +80,36 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class ModuleWeight(_Model):
+    """The weight of the tensors whose names fit a glob (``*``, ``?``, ``[…]``; case counts)."""
+
+    pattern: str = Field(min_length=1)
+    weight: float = Field(allow_inf_nan=False)
+
+    def fits(self, tensor: str) -> bool:
+        """Whether the base tensor's name fits."""
+        return fnmatchcase(tensor, self.pattern)
+
+
 class AdapterTerm(_Model):
-    """One adapter of a recipe: a name or a folder, a version, a weight."""
+    """One adapter of a recipe: a name or a folder, a version, a weight, and weights of single modules.
+
+    `modules` may be given as a mapping of globs to weights; the first that fits a tensor's name takes the place of
+    `weight` there.
+    """
 
     ref: str = Field(min_length=1)
     version: str | None = None
     weight: float = 1.0
+    modules: tuple[ModuleWeight, ...] = ()
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        # A list, because the order decides and the canonical JSON sorts the keys of objects.
+        return (
+            [{"pattern": key, "weight": each} for key, each in value.items()] if isinstance(value, Mapping) else value
+        )
 
     @field_validator("weight")
     @classmethod
@@ -80,6 +131,7 @@ class Recipe(_Model):
     base: str = Field(min_length=1)
     adapters: tuple[AdapterTerm, ...] = ()
     method: str = "linear"
+    parameters: dict[str, Value] = Field(default_factory=dict)
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
     allow: Allow = Allow.SAME_VALUES
@@ -107,6 +159,7 @@ def parse_recipe(
     text: str,
     *,
     method: str = "linear",
+    parameters: Mapping[str, Value] | None = None,
     dtype: Dtype = Dtype.KEEP,
     export: Export = Export.SAFETENSORS,
     allow: Allow = Allow.SAME_VALUES,
@@ -118,7 +171,38 @@ def parse_recipe(
     if not is_path(base, base=True) and ("@" in base or ":" in base.removeprefix("wf1:")):
         raise _bad(text, "a base without version or weight", base)
     adapters = tuple(_term(text, term) for term in terms)
-    return Recipe(base=base, adapters=adapters, method=method, dtype=dtype, export=export, allow=allow)
+    return Recipe(
+        base=base,
+        adapters=adapters,
+        method=method,
+        parameters=dict(parameters or {}),
+        dtype=dtype,
+        export=export,
+        allow=allow,
+    )
+
+
+def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML or JSON file, with some of its fields replaced by `changes`.
+
+    Raises RecipeError when the file cannot be read or a field is unknown, missing or of another type.
+    """
+    import yaml
+
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Recipe.model_validate({**fields, **(changes or {})})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    except (OSError, UnicodeError, TypeError, RecursionError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+    raise RecipeError(
+        f"cannot read the recipe in {path}: {found}",
+        expected=sorted(Recipe.model_fields),
+        found=found,
+        remedy="write base, adapters (each with ref, weight, modules), method, parameters, dtype, export",
+    )
 
 
 def split_reference(text: str) -> tuple[str, str | None]:

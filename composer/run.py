@@ -22,7 +22,7 @@ from composer.checkpoint import INDEX
 from composer.exporters import find_exporter
 from composer.files import copy_names, read_json
 from composer.kernels import LoadedTerm, Survival, cast_block, check_overflow, fusible, merge_block, merge_fused
-from composer.methods import find_method
+from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
 from composer.sinks import FolderSink
@@ -150,7 +150,7 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
         result = merge_fused(base, terms, start, name)
         _sample(job, plan, terms, base, result, start, survival)
     else:
-        method = find_method(plan.recipe.method)
+        method = _method(plan, job)
         result, total, deltas = merge_block(base, terms, start, method, job.dtype)
         survival.add(result.astype(np.float32) - base.astype(np.float32), total, deltas)
         check_overflow(base, result, name)
@@ -167,7 +167,7 @@ def _sample(
     step = max(1, rows * columns // SAMPLE)
     chosen = range(0, tiles, step)
     covered = sum(min(rows, (tile + 1) * TILE) - tile * TILE for tile in chosen)
-    method = find_method(plan.recipe.method)
+    method = _method(plan, job)
     for tile in chosen:
         first, last = max(tile * TILE, start), min((tile + 1) * TILE, start + len(base))
         if first >= last:
@@ -176,6 +176,10 @@ def _sample(
         _, total, deltas = merge_block(part, terms, first, method, job.dtype)
         written = result[first - start : last - start].astype(np.float32) - part.astype(np.float32)
         survival.add(written, total, deltas, rows / covered)
+
+
+def _method(plan: Plan, job: TensorJob) -> BoundMethod:
+    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.source.name)
 
 
 def _index(plan: Plan) -> bytes:

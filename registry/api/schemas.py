@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.recipe import Allow, Dtype, Export, Recipe, parse_recipe
+from composer.recipe import Allow, Dtype, Export, Recipe, Value, parse_recipe
 from registry.api.rules import refuse_paths
 from registry.schemas import DoctorCheck
 
@@ -28,6 +28,7 @@ class RecipeRequest(_Request):
 
     recipe: str = Field(min_length=1, examples=["smollm2+team/shout@1.0.0:0.7+team/json"])
     method: str = "linear"
+    parameters: dict[str, Value] = Field(default_factory=dict, description="of the method, by name")
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
     allow: Allow = Allow.SAME_VALUES
@@ -47,10 +48,13 @@ class Health(BaseModel):
     version: str
 
 
+SETTINGS = ("method", "parameters", "dtype", "export", "allow")
+
+
 def to_recipe(body: RecipeRequest | Recipe) -> Recipe:
     """The recipe that a request holds, in either form. Raises RecipeError, or PolicyError for local paths."""
     if isinstance(body, RecipeRequest):
-        body = parse_recipe(body.recipe, method=body.method, dtype=body.dtype, export=body.export, allow=body.allow)
+        body = parse_recipe(body.recipe, **{name: getattr(body, name) for name in SETTINGS})
     return refuse_paths(body)
 
 

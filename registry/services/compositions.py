@@ -104,7 +104,10 @@ class Resolved:
             "base": self.base.facts.fingerprint,
             "files": {name: sha256_file(files[name]) for name in copy_names(files)},
             "shards": [[shard.name, list(shard.header.tensors)] for shard in self.base.checkpoint.shards],
-            "adapters": [[item.digest, item.term.weight] for item in self.adapters],
+            "adapters": [
+                [item.digest, item.term.weight, [[each.pattern, each.weight] for each in item.term.modules]]
+                for item in self.adapters
+            ],
             "labels": [self.recipe.base, *(item.label for item in self.adapters)],
             "verdicts": [item.verdict.level for item in self.adapters],
             **self.recipe.model_dump(mode="json", exclude={"base", "adapters"}),
@@ -243,7 +246,7 @@ class Compositions:
 
     @staticmethod
     def _plan(resolved: Resolved) -> Plan:
-        terms = [Term(item.label, item.adapter, item.term.weight) for item in resolved.adapters]
+        terms = [Term(item.label, item.adapter, item.term.weight, item.term.modules) for item in resolved.adapters]
         return make_plan(resolved.recipe, resolved.base.checkpoint, terms)
 
     def _record(self, resolved: Resolved, record: dict[str, Any]) -> None:

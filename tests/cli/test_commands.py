@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import weight_bytes
+
 
 @pytest.fixture
 def published(run: Any, tiny_llama: Path, tiny_lora: Path) -> Any:
@@ -111,6 +113,26 @@ def test_compose_names_its_folder_after_the_recipe(published: Any, tiny_llama: P
     text = published("compose", "tiny+team/shout:0.5", "-o", "again").stdout
     for expected in (record["output_digest"], "team/shout@1.0.0", "exact", "model.safetensors", "merge", "again"):
         assert expected in text
+
+
+def test_methods_take_parameters_and_recipes_may_be_files(published: Any) -> None:
+    """`-p` reaches the recipe and the record; a file says the same, and an option beside it wins."""
+    words = ("compose", "tiny+team/shout:0.5", "--method", "ties", "-p", "density=0.5", "--format", "quiet")
+    out = Path(published(*words).stdout.strip())
+    assert out.name == "tiny+shout-ties"
+    assert json.loads((out / "composition.json").read_text())["recipe"]["parameters"] == {"density": 0.5}
+    Path("recipe.yaml").write_text(
+        "{base: tiny, adapters: [{ref: team/shout, weight: 0.5}], method: ties, parameters: {density: 0.9}}"
+    )
+    other = published("compose", "recipe.yaml", "-p", "density=0.5", "-o", "other", "--format", "quiet").stdout.strip()
+    assert weight_bytes(Path(other)) == weight_bytes(out)
+    published("compose", "recipe.yaml", "-o", "third")
+    assert weight_bytes(Path("third")) != weight_bytes(out)
+    published("plan", "tiny+team/shout", "--method", "ties", "-p", "density", code=2)
+    assert (
+        "density: float in (0, 1]"
+        in published("plan", "tiny+team/shout", "--method", "ties", "-p", "k=1", code=2).stderr
+    )
 
 
 def test_compose_does_not_replace_what_is_there(published: Any) -> None:

@@ -276,6 +276,19 @@ def test_uploads_are_limited_in_bytes_and_files(registry: Any) -> None:
     assert uploads(registry) == []
 
 
+def test_a_method_takes_parameters_and_weights_by_module(filled: TestClient) -> None:
+    """In both forms of a request; a wrong one is refused with the valid ones."""
+    text = {"recipe": "tiny+team/shout", "method": "ties", "parameters": {"density": 0.5}}
+    assert filled.post(f"{API}/plans", json=text).json()["recipe"]["parameters"] == {"density": 0.5}
+    whole = filled.post(f"{API}/plans", json={"recipe": "tiny+team/shout"}).json()["touched"]
+    term = {"ref": "team/shout", "modules": {"model.layers.0.*": 0}}
+    some = filled.post(f"{API}/plans", json={"base": "tiny", "adapters": [term]}).json()
+    assert 0 < some["touched"] < whole
+    assert some["recipe"]["adapters"][0]["modules"] == [{"pattern": "model.layers.0.*", "weight": 0.0}]
+    wrong = error(filled.post(f"{API}/plans", json={**text, "parameters": {"density": 2}}), 400)
+    assert (wrong["code"], "density: float in (0, 1]" in wrong["remedy"]) == ("bad-recipe", True)
+
+
 def test_the_framework_fails_in_the_same_shape(client: TestClient) -> None:
     """Unknown routes, methods, parameters and bodies: code, category, message."""
     assert error(client.get("/nowhere"), 404)["code"] == "not-found"
