@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from composer.adapters import Adapter
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
+from composer.deltas_dora import Dora
 from composer.errors import (
     IncompatibleError,
     RecipeError,
@@ -241,7 +242,7 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
 def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
     """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
     shape = checkpoint.tensors[delta.target].shape
-    if not isinstance(delta, LowRank) or shape[0] != shape[1]:
+    if not isinstance(delta, LowRank | Dora) or shape[0] != shape[1]:
         return
     module = delta.target.removesuffix(".weight").rpartition(".")[2]
     conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES

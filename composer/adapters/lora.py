@@ -1,10 +1,13 @@
-"""LoRA as PEFT saves it (arXiv:2106.09685), with rsLoRA (arXiv:2312.03732).
+"""LoRA as PEFT saves it (arXiv:2106.09685), with rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353).
 
 base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
+base_model.model.<module>.lora_B.bias [out]            with lora_bias
+base_model.model.<module>.lora_magnitude_vector [out]  with use_dora; older files add .weight
 base_model.model.<module>.base_layer.weight          the base's own W, which PEFT saves along with a LoRA on a head
 base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
 
-W += s·B·A     s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
+W += s·B·A     b += s·b_B     W = m/‖V‖·V with V = W + s·B·A (DoRA)
+s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 from composer.adapters import Signature, Target, adapter_kind, parameter_count, refuse
 from composer.deltas import Delta, LowRank, Replace
+from composer.deltas_dora import Dora, ScaledVector
 from composer.errors import CorruptFileError, TargetMismatchError
 from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec
 
@@ -23,14 +27,18 @@ __all__ = ["Lora"]
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+EXTRA = {
+    "lora_bias": re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias"),
+    "use_dora": re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"),
+}
 COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|original_module)(?=\.)")
 UNMERGEABLE_TENSORS = {
-    "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "LoRA on an embedding",
     "token_adapter": "trainable_token_indices",
     "trainable_tokens_delta": "trainable_token_indices",
 }
+SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
 
@@ -52,8 +60,6 @@ class Lora:
                     remedy="merge it with PEFT, or retrain without it",
                 )
         unsupported = {
-            "use_dora": "DoRA",
-            "lora_bias": "a bias on lora_B",
             "layer_replication": "layer replication",
             "trainable_token_indices": "trainable tokens",
             "target_parameters": "LoRA on bare parameters (MoE experts)",
@@ -87,6 +93,7 @@ class Lora:
             )
         for module, sides in factors.items():
             _check_pair(module, sides)
+        _check_extras(config, header)
         for module, copy in _copies(header).items():
             shape = (factors[module]["B"].shape[0], factors[module]["A"].shape[1])
             if copy.shape != (shape[::-1] if config.get("fan_in_fan_out") else shape):
@@ -111,6 +118,7 @@ class Lora:
         for module, sides in _factors(header).items():
             shape = (sides["B"].shape[0], sides["A"].shape[1])
             targets.append(Target(f"{module}.weight", shape[::-1] if config.get("fan_in_fan_out") else shape))
+        targets += [Target(f"{module}.bias", spec.shape) for module, spec in _extras(header, "lora_bias").items()]
         targets += [Target(parameter, spec.shape) for parameter, spec in _whole(header).items()]
         modules = sorted({module.rpartition(".")[2] for module in _factors(header)})
         return Signature(
@@ -123,14 +131,18 @@ class Lora:
         )
 
     def deltas(self, config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Delta]:
-        """One LowRank a module, one Replace a whole tensor."""
+        """One LowRank or Dora a module, one ScaledVector a bias on lora_B, one Replace a whole tensor."""
         deltas: list[Delta] = []
+        biases, magnitudes = _extras(header, "lora_bias"), _extras(header, "use_dora")
         copies = _copies(header)
         transposed = bool(config.get("fan_in_fan_out"))
         for module, sides in _factors(header).items():
             scale = lora_scale(config, module, sides["A"].shape[0])
             target = names[f"{module}.weight"]
-            deltas.append(LowRank(target, sides["A"], sides["B"], scale, transposed, copies.get(module)))
+            low_rank = LowRank(target, sides["A"], sides["B"], scale, transposed, copies.get(module))
+            deltas.append(Dora(low_rank, magnitudes[module]) if module in magnitudes else low_rank)
+            if module in biases:
+                deltas.append(ScaledVector(names[f"{module}.bias"], biases[module], scale))
         deltas += [Replace(names[parameter], spec) for parameter, spec in _whole(header).items()]
         return deltas
 
@@ -180,7 +192,7 @@ def _check_numbers(config: dict[str, Any]) -> None:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(map(is_valid, patterns.values())):
             wrong.append(field)
-    wrong += [field for field in ("fan_in_fan_out", "use_rslora") if config.get(field) not in (True, False, None)]
+    wrong += [field for field in SWITCHES if config.get(field) not in (True, False, None)]
     if wrong:
         raise CorruptFileError(
             f"adapter_config.json: {wrong[0]}={config.get(wrong[0])!r} is not what PEFT writes",
@@ -213,13 +225,51 @@ def _copies(header: SafetensorsHeader) -> dict[str, TensorSpec]:
     return {match["module"]: spec for match, spec in matches if match and match["module"] in factors}
 
 
+def _extras(header: SafetensorsHeader, option: str) -> dict[str, TensorSpec]:
+    """The tensors [out] that belong to `option`, by their LoRA module."""
+    matches = ((EXTRA[option].fullmatch(name.removeprefix(PREFIX)), spec) for name, spec in header.tensors.items())
+    return {match["module"]: spec for match, spec in matches if match}
+
+
 def _whole(header: SafetensorsHeader) -> dict[str, TensorSpec]:
-    copies = {spec.name for spec in _copies(header).values()}
+    used = {spec.name for spec in _copies(header).values()}
+    used |= {spec.name for option in EXTRA for spec in _extras(header, option).values()}
     return {
         WRAPPED.sub("", name.removeprefix(PREFIX)): spec
         for name, spec in sorted(header.tensors.items())
-        if name not in copies and not FACTOR.fullmatch(name.removeprefix(PREFIX))
+        if name not in used and not FACTOR.fullmatch(name.removeprefix(PREFIX))
     }
+
+
+def _check_extras(config: dict[str, Any], header: SafetensorsHeader) -> None:
+    """Every LoRA module has its bias or magnitude where the config says so, and none where it does not."""
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise refuse(
+            "DoRA with a bias on lora_B has no defined merge",
+            expected="use_dora or lora_bias, not both",
+            found={"use_dora": True, "lora_bias": True},
+            remedy="retrain with one of them, as PEFT demands",
+        )
+    factors = _factors(header)
+    for option in EXTRA:
+        extras = _extras(header, option)
+        if extras and not config.get(option):
+            raise refuse(
+                f"the file holds {next(iter(extras.values())).name}, but adapter_config.json does not set {option}",
+                expected=f"{option}: true",
+                found=config.get(option),
+                remedy="restore the config that was saved with these tensors",
+            )
+        unpaired = sorted(set(extras) ^ set(factors)) if config.get(option) else []
+        wrong = [m for m, spec in extras.items() if m in factors and spec.shape != (factors[m]["B"].shape[0],)]
+        if unpaired or wrong:
+            module = (unpaired or wrong)[0]
+            raise CorruptFileError(
+                f"{module}: {option} is set, and its tensor or its LoRA is missing or of another size",
+                expected="one tensor [out] for each LoRA module",
+                found=list(extras[module].shape) if module in extras else "none",
+                remedy="the file is damaged: save the adapter again",
+            )
 
 
 def _check_pair(module: str, sides: dict[str, TensorSpec]) -> None:

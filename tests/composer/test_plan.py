@@ -127,8 +127,7 @@ def test_a_rank_that_is_not_the_tensors_is_refused(
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "bias"),
+        ({"use_dora": True, "lora_bias": True}, "DoRA"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "replication"),
         ({"trainable_token_indices": [1, 2]}, "tokens"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "parameters"),
@@ -184,8 +183,6 @@ def test_other_kinds_are_refused_by_name(lora: Callable[..., Path], kind: Any) -
 @pytest.mark.parametrize(
     "peft_config",
     [
-        pytest.param({"use_dora": True}, id="dora"),
-        pytest.param({"lora_bias": True}, id="lora-bias"),
         pytest.param({"target_modules": ["embed_tokens", "q_proj"]}, id="embedding"),
         pytest.param({"trainable_token_indices": [1, 5]}, id="token-indices"),
     ],
