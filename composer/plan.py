@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from composer.adapters import Adapter
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
-from composer.deltas import Delta, LowRank
+from composer.deltas import Delta
 from composer.errors import (
     IncompatibleError,
     RecipeError,
@@ -216,16 +216,17 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
 def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
     """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
     shape = checkpoint.tensors[delta.target].shape
-    if not isinstance(delta, LowRank) or shape[0] != shape[1]:
+    transposed = getattr(delta, "transposed", None)
+    if transposed is None or len(shape) != 2 or shape[0] != shape[1]:
         return
     module = delta.target.removesuffix(".weight").rpartition(".")[2]
     conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES
-    if delta.transposed != conv1d:
+    if transposed != conv1d:
         raise IncompatibleError(
-            f"{label}: fan_in_fan_out={delta.transposed} in adapter_config.json, but {delta.target} is "
+            f"{label}: fan_in_fan_out={transposed} in adapter_config.json, but {delta.target} is "
             f"{'[in, out]' if conv1d else '[out, in]'} in this base",
             expected=conv1d,
-            found=delta.transposed,
+            found=transposed,
             remedy="correct fan_in_fan_out in adapter_config.json and publish the adapter again",
         )
 
