@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from composer.adapters import Adapter
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
-from composer.deltas_dora import Dora
 from composer.errors import (
     IncompatibleError,
     RecipeError,
@@ -220,10 +219,8 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             keys=[mismatch.parameter for mismatch in binding.mismatches],
         )
     deltas = term.adapter.deltas(binding.names)
-    consumed = [source.name for delta in deltas for source in delta.sources]
-    wrong = sorted(set(term.adapter.header.tensors) ^ set(consumed)) + sorted(
-        {name for name in consumed if consumed.count(name) > 1} if len(set(consumed)) != len(consumed) else ()
-    )
+    consumed = {source.name for delta in deltas for source in delta.sources}
+    wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
     targets = [delta.target for delta in deltas]
     if wrong or len(set(targets)) != len(targets):
         wrong = wrong or sorted({target for target in targets if targets.count(target) > 1})
@@ -242,16 +239,17 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
 def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
     """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
     shape = checkpoint.tensors[delta.target].shape
-    if not isinstance(delta, LowRank | Dora) or shape[0] != shape[1]:
+    transposed = getattr(delta, "transposed", None)
+    if transposed is None or len(shape) != 2 or shape[0] != shape[1]:
         return
     module = delta.target.removesuffix(".weight").rpartition(".")[2]
     conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES
-    if delta.transposed != conv1d:
+    if transposed != conv1d:
         raise IncompatibleError(
-            f"{label}: fan_in_fan_out={delta.transposed} in adapter_config.json, but {delta.target} is "
+            f"{label}: fan_in_fan_out={transposed} in adapter_config.json, but {delta.target} is "
             f"{'[in, out]' if conv1d else '[out, in]'} in this base",
             expected=conv1d,
-            found=delta.transposed,
+            found=transposed,
             remedy="correct fan_in_fan_out in adapter_config.json and publish the adapter again",
         )
 

@@ -23,6 +23,7 @@ from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
 __all__ = [
+    "ANY_SIZE",
     "Adapter",
     "AdapterKind",
     "Binding",
@@ -36,20 +37,33 @@ __all__ = [
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
 ALTERNATIVE_WEIGHTS = ("adapter.safetensors", "adapters.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout."""
+    """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout.
+
+    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE.
+    """
 
     parameter: str
     shape: tuple[int, ...]
 
+    def fits(self, shape: tuple[int, ...] | None) -> bool:
+        """Whether a base tensor of this shape (None: the base has no such tensor) can be the target."""
+        if shape is None or len(shape) != len(self.shape):
+            return False
+        return all(own in (ANY_SIZE, size) for own, size in zip(self.shape, shape, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What an adapter needs of a base, known from its own header: the catalogue stores it."""
+    """What an adapter needs of a base, known from its own header: the catalogue stores it.
+
+    `optional` are biases that are touched where the base has them, each next to a weight among the targets.
+    """
 
     kind: str
     targets: tuple[Target, ...]
@@ -57,6 +71,7 @@ class Signature:
     rank: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] = ()
+    optional: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +85,8 @@ class Mismatch:
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.parameter}: the base has no such tensor"
-        return f"{self.parameter}: the adapter expects {list(self.expected)}, the base has {list(self.found)}"
+        expected = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected)
+        return f"{self.parameter}: the adapter expects [{expected}], the base has {list(self.found)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +133,7 @@ class Adapter:
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
         """Resolve this adapter's parameters against a base's tensor names and shapes."""
-        return bind_targets(self.signature.targets, shapes)
+        return bind_optional(bind_targets(self.signature.targets, shapes), self.signature.optional, shapes)
 
     def deltas(self, names: Mapping[str, str]) -> list[Delta]:
         """The changes, in the order of the adapter's tensors."""
@@ -210,13 +226,27 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
         mismatches = tuple(
             Mismatch(target.parameter, target.shape, shapes.get(names[target.parameter]))
             for target in targets
-            if shapes.get(names[target.parameter]) != target.shape
+            if not target.fits(shapes.get(names[target.parameter]))
         )
         if not mismatches:
             return Binding(names)
         if best is None or len(mismatches) < len(best.mismatches):
             best = Binding(names, mismatches)
     return best or Binding()
+
+
+def bind_optional(binding: Binding, optional: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+    """The binding with the biases that the base has, each found next to the weight of its module."""
+    names, mismatches = dict(binding.names), list(binding.mismatches)
+    for target in optional:
+        weight = binding.names[f"{target.parameter.removesuffix('.bias')}.weight"]
+        name = f"{weight.removesuffix('.weight')}.bias"
+        if name not in shapes:
+            continue
+        names[target.parameter] = name
+        if not target.fits(shapes[name]):
+            mismatches.append(Mismatch(target.parameter, target.shape, shapes[name]))
+    return Binding(names, tuple(mismatches))
 
 
 def _prefix_rules(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Callable[[str], str]]:

@@ -1,0 +1,55 @@
+"""Kinds of adapters whose effect is not a change of weights: recognised, and refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from composer.adapters import Signature, adapter_kind, refuse
+from composer.deltas import Delta
+from composer.tensors import SafetensorsHeader
+
+__all__ = ["REASONS", "Unmergeable"]
+
+_TOKENS = "it puts trained vectors before the input's embeddings, and no weight of the base holds those"
+_CACHE = "it puts trained keys and values before those of the input, in every attention layer"
+_ROUTED = "which of its parts act depends on the input, and one weight cannot"
+REASONS = {
+    "PROMPT_TUNING": _TOKENS,
+    "MULTITASK_PROMPT_TUNING": _TOKENS,
+    "P_TUNING": _TOKENS,
+    "CPT": _TOKENS,
+    "PREFIX_TUNING": _CACHE,
+    "CARTRIDGE": _CACHE,
+    "ADAPTION_PROMPT": "it adds a gated attention over trained vectors to the layers",
+    "XLORA": _ROUTED,
+    "POLY": _ROUTED,
+}
+
+
+@adapter_kind
+class Unmergeable:
+    """Always refused by `check`, so the rest is never reached."""
+
+    name = "unmergeable"
+    peft_types = tuple(REASONS)
+
+    def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
+        """Raise UnsupportedAdapterError with the reason and what would work."""
+        found = config["peft_type"]
+        raise refuse(
+            f"{found} cannot be merged into weights: {REASONS[found]}",
+            expected="an adapter that changes weights, such as LoRA",
+            found=found,
+            remedy="serve the base with this adapter loaded by PEFT, or train a LoRA on the same data",
+        )
+
+    def signature(self, config: dict[str, Any], header: SafetensorsHeader) -> Signature:
+        """Raises UnsupportedAdapterError."""
+        self.check(config, header)
+        raise AssertionError("check refuses every adapter of these kinds")
+
+    def deltas(self, config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Delta]:
+        """Raises UnsupportedAdapterError."""
+        self.check(config, header)
+        raise AssertionError("check refuses every adapter of these kinds")

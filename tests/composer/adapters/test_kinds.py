@@ -1,0 +1,243 @@
+"""Every kind of adapter against its oracle: PEFT's own forward on tiny models in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from composer.adapters import kinds, open_adapter
+from composer.adapters.unmergeable import REASONS
+from composer.errors import CorruptFileError, RecipeError, TargetMismatchError, UnsupportedAdapterError
+from composer.recipe import Dtype
+from composer.tensors import read_header
+from tests.conftest import llama_config, save_model
+from tests.support import compose_folders, edit_json, plan_folders, read_tensors, weight_bytes, write_tensors
+
+LINEAR = ["q_proj", "k_proj", "gate_proj", "down_proj"]
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # case: (base, PEFT's config class, options)
+    "ia3": ("llama", "IA3Config", {"target_modules": LINEAR, "feedforward_modules": []}),
+    "ia3-feedforward": ("llama", "IA3Config", {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}),
+    "ia3-head": (
+        "llama",
+        "IA3Config",
+        {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]},
+    ),
+    "ia3-conv1d": (
+        "gpt2",
+        "IA3Config",
+        {
+            "target_modules": ["c_attn", "attn.c_proj", "mlp.c_proj"],
+            "feedforward_modules": ["mlp.c_proj"],
+            "fan_in_fan_out": True,
+        },
+    ),
+    "ia3-bias": (
+        "bert",
+        "IA3Config",
+        {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
+    ),
+    "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
+    "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
+}
+ELSEWHERE = {"lora", "unmergeable"}  # tests/composer/test_merge_oracles.py; test_kinds_that_… below
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny float32 models by architecture, with biases that are not zero."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    models = {
+        "llama": LlamaForCausalLM(llama_config()),
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=64)),
+        "bert": BertModel(
+            BertConfig(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=64,
+                vocab_size=128,
+                max_position_embeddings=64,
+            )
+        ),
+    }
+    for model in models.values():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    return {name: save_model(model, tmp_path_factory.mktemp("kinds") / name) for name, model in models.items()}
+
+
+def run_model(model: Any) -> torch.Tensor:
+    """Logits, or the last hidden states of an encoder, on fixed tokens."""
+    with torch.no_grad():
+        return model.eval()(torch.arange(24).reshape(2, 12) * 5 % 128)[0]
+
+
+def load(base: Path) -> Any:
+    """The model at `base` in float32."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto = AutoModel if base.name == "bert" else AutoModelForCausalLM
+    return auto.from_pretrained(base, dtype=torch.float32)
+
+
+def make_adapter(case: str, bases: dict[str, Path], folder: Path) -> torch.Tensor:
+    """Save PEFT's adapter of a case, each of its parameters far from its initial value; returns PEFT's own output."""
+    import peft
+
+    base, config, options = CASES[case]
+    torch.manual_seed(5)
+    adapted = peft.get_peft_model(load(bases[base]), getattr(peft, config)(**options))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return run_model(adapted)
+
+
+def copy_adapter(source: Path, folder: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """The adapter with other tensors."""
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    return folder
+
+
+def adapter_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The adapter's tensors."""
+    return {name: spec.read() for name, spec in read_header(folder / "adapter_model.safetensors").tensors.items()}
+
+
+def test_every_kind_has_an_oracle() -> None:
+    """A kind added without a case here fails."""
+    covered = {kind.name for case in CASES for kind in kinds().values() if case.startswith(kind.name)}
+    assert covered | ELSEWHERE == set(kinds())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_merged_model_computes_what_peft_computes(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: PEFT's forward, unmerged, to 1e-5; the adapter's effect is far above that."""
+    wanted = make_adapter(case, bases, tmp_path / "adapter")
+    base = bases[CASES[case][0]]
+    out = tmp_path / base.name
+    compose_folders(base, [(tmp_path / "adapter", 1.0)], out)
+    assert (run_model(load(base)) - wanted).abs().max() > 1e-2
+    assert torch.allclose(run_model(load(out)), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_zero_gives_the_bytes_of_the_base(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter is checked and then left out."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    base = bases[CASES[case][0]]
+    compose_folders(base, [(tmp_path / "adapter", 0.0)], tmp_path / "out")
+    compose_folders(base, [], tmp_path / "plain")
+    assert weight_bytes(tmp_path / "out") == weight_bytes(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ia3") and case != "ia3-head"])
+def test_half_a_weight_is_half_the_change(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: W + 0.5·(W' − W) in float64, with W' from PEFT's merge of a float64 model; each result is one rounding off."""
+    import peft
+
+    make_adapter(case, bases, tmp_path / "adapter")
+    base = bases[CASES[case][0]]
+    compose_folders(base, [(tmp_path / "adapter", 0.5)], tmp_path / "out")
+    model = peft.PeftModel.from_pretrained(load(base).double(), tmp_path / "adapter").double().merge_and_unload()
+    merged, written = model.state_dict(), read_tensors(tmp_path / "out")
+    for name, tensor in read_tensors(base).items():
+        exact = 0.5 * (tensor.double() + merged[name])
+        assert torch.allclose(written[name].double(), exact, rtol=3e-7, atol=1e-8), name
+
+
+def test_ia3_on_a_bf16_base_rounds_once(tiny_llama: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: W·l in float64; a result in bf16 is within half a unit in the last place of it."""
+    make_adapter("ia3-feedforward", bases, tmp_path / "adapter")
+    compose_folders(tiny_llama, [(tmp_path / "adapter", 1.0)], tmp_path / "out", dtype=Dtype.KEEP)
+    base, written = read_tensors(tiny_llama), read_tensors(tmp_path / "out")
+    for name, vector in adapter_arrays(tmp_path / "adapter").items():
+        target = name.removeprefix("base_model.model.").replace("ia3_l", "weight")
+        exact = base[target].double() * torch.from_numpy(vector).double()
+        assert written[target].dtype == torch.bfloat16
+        assert torch.allclose(written[target].double(), exact, rtol=2**-8 + 2**-20, atol=0), target
+
+
+def test_norms_that_are_trained_whole_take_no_weight(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Half a replacement is not defined: RecipeError."""
+    make_adapter("ln-tuning", bases, tmp_path / "adapter")
+    with pytest.raises(RecipeError, match="weight must be 1"):
+        plan_folders(bases["llama"], [(tmp_path / "adapter", 0.5)])
+
+
+@pytest.mark.parametrize("case", ["ia3-conv1d", "ia3-bias", "ln-tuning"])
+def test_a_damaged_shape_is_named(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """One number too many in any tensor: TargetMismatchError. A vector as a matrix, or integers: CorruptFileError."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    arrays = adapter_arrays(tmp_path / "adapter")
+    base = bases[CASES[case][0]]
+    for index, (name, array) in enumerate(arrays.items()):
+        axis = int(np.argmax(array.shape))
+        longer = np.concatenate([array, array.take([0], axis)], axis)
+        damaged = copy_adapter(tmp_path / "adapter", tmp_path / f"long-{index}", {**arrays, name: longer})
+        with pytest.raises(TargetMismatchError):
+            plan_folders(base, [(damaged, 1.0)])
+        integers = {**arrays, name: array.astype(np.int32)}
+        with pytest.raises(CorruptFileError):
+            open_adapter(copy_adapter(tmp_path / "adapter", tmp_path / f"int-{index}", integers))
+        if case.startswith("ia3"):
+            square = {**arrays, name: np.ones((4, 4), np.float32)}
+            with pytest.raises(CorruptFileError):
+                open_adapter(copy_adapter(tmp_path / "adapter", tmp_path / f"square-{index}", square))
+
+
+@pytest.mark.parametrize("case", ["ia3", "ln-tuning"])
+def test_a_file_without_the_kinds_tensors_is_corrupt(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Whole tensors alone do not make an adapter of these kinds."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    other = {"base_model.model.lm_head.weight": np.zeros((128, 64), np.float32)}
+    with pytest.raises(CorruptFileError):
+        open_adapter(copy_adapter(tmp_path / "adapter", tmp_path / "other", other))
+
+
+def test_a_bias_of_another_size_is_a_mismatch(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A base whose bias does not fit the vector of its weight is refused."""
+    make_adapter("ia3-bias", bases, tmp_path / "adapter")
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(bases["bert"]).items()}
+    bias = next(name for name in tensors if name.endswith("key.bias"))
+    write_tensors(tmp_path / "base" / "model.safetensors", {**tensors, bias: np.zeros(7, np.float32)})
+    (tmp_path / "base" / "config.json").write_bytes((bases["bert"] / "config.json").read_bytes())
+    with pytest.raises(TargetMismatchError, match=r"key\.bias"):
+        plan_folders(tmp_path / "base", [(tmp_path / "adapter", 1.0)])
+
+
+def test_a_wrong_fan_in_fan_out_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """With the switch turned over rows and columns would swap: no adapter on GPT-2 gets through."""
+    from composer.errors import IncompatibleError
+
+    make_adapter("ia3-conv1d", bases, tmp_path / "adapter")
+    arrays = {name: a for name, a in adapter_arrays(tmp_path / "adapter").items() if "attn.c_proj" in name}
+    square = copy_adapter(tmp_path / "adapter", tmp_path / "square", arrays)
+    edit_json(square / "adapter_config.json", fan_in_fan_out=False)
+    with pytest.raises(IncompatibleError, match="fan_in_fan_out"):
+        plan_folders(bases["gpt2"], [(square, 1.0)])
+
+
+@pytest.mark.parametrize("peft_type", REASONS)
+def test_kinds_that_are_no_change_of_weights_say_why(peft_type: str, tmp_path: Path) -> None:
+    """UnsupportedAdapterError with the reason and a remedy; PEFT knows each type by this name."""
+    import peft
+
+    assert peft_type in peft.PeftType.__members__
+    write_tensors(tmp_path / "adapter_model.safetensors", {"prompt_embeddings": np.ones((2, 4), np.float32)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+    with pytest.raises(UnsupportedAdapterError, match=f"{peft_type} cannot be merged into weights") as caught:
+        open_adapter(tmp_path)
+    assert REASONS[peft_type] in str(caught.value)
+    assert caught.value.remedy
