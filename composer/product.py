@@ -74,9 +74,8 @@ def _add_product_numpy(base: np.ndarray, terms: Sequence[Factors]) -> np.ndarray
     total = next(deltas)
     for delta in deltas:
         total += delta
-    total = base.view(ml_dtypes.bfloat16).astype(np.float32) + total
-    with np.errstate(over="ignore"):
-        return total.astype(ml_dtypes.bfloat16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (base.view(ml_dtypes.bfloat16).astype(np.float32) + total).astype(ml_dtypes.bfloat16)
 
 
 def kernel_name() -> str:
