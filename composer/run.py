@@ -7,6 +7,7 @@ compose(plan, out)   run, export, provenance, commit
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,14 +26,16 @@ from composer.kernels import LoadedTerm, Survival, cast_block, check_overflow, f
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
+from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
-from composer.tensors import COPY_BYTES, DTYPES
+from composer.tensors import COPY_BYTES, DTYPES, TensorSpec
 
 __all__ = ["Outcome", "Progress", "compose", "run"]
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 17, 64
+LOCAL = threading.local()
 CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -136,10 +139,22 @@ def _copy(job: TensorJob, start: int, stop: int) -> Block:
     return memoryview(job.source.read_bytes(start, stop)), None
 
 
+def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memoryview:
+    """Bytes of the base, in a buffer of this thread that its next block reuses: fresh memory costs page faults."""
+    if not isinstance(source, TensorSpec):
+        return source.read_bytes(start, stop)
+    buffer: bytearray | None = getattr(LOCAL, "buffer", None)
+    if buffer is None or len(buffer) < stop - start:
+        buffer = LOCAL.buffer = bytearray(stop - start)
+    view = memoryview(buffer)[: stop - start]
+    source.read_into(start, view)
+    return view
+
+
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int) -> Block:
     rows, columns = job.matrix
     name, width = job.source.name, job.source.nbytes // rows
-    raw = job.source.read_bytes(start * width, stop * width)
+    raw = _read(job.source, start * width, stop * width)
     base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
     survival = Survival(len(plan.terms)) if terms else None
     if not terms:

@@ -72,10 +72,14 @@ class TensorSpec:
     def read_bytes(self, start: int, stop: int) -> bytearray:
         """Bytes [start, stop) of the tensor's data."""
         buffer = bytearray(stop - start)
+        self.read_into(start, memoryview(buffer))
+        return buffer
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's data from byte `start` on."""
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + start)
             _fill(file, buffer, self)
-        return buffer
 
     def read_pieces(self, start: int, size: int, step: int, count: int) -> bytearray:
         """`count` pieces of `size` bytes of the data, the first at `start`, one every `step`: columns of a matrix."""
