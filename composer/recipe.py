@@ -191,11 +191,13 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
 
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(fields.get("adapters"), list):
+            fields["adapters"] = [_file_term(term) for term in fields["adapters"]]
         return Recipe.model_validate({**fields, **(changes or {})})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (OSError, UnicodeError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
         found = " ".join(str(error).split())
     raise RecipeError(
         f"cannot read the recipe in {path}: {found}",
@@ -203,6 +205,16 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         found=found,
         remedy="write base, adapters (each with ref, weight, modules), method, parameters, dtype, export",
     )
+
+
+def _file_term(term: Any) -> Any:
+    """An adapter of a recipe file may be written as on the command line, or name its version in `ref`."""
+    if isinstance(term, str):
+        return _term(term, term)
+    if isinstance(term, dict) and isinstance(term.get("ref"), str) and "version" not in term:
+        ref, version = split_reference(term["ref"])
+        return {**term, "ref": ref, "version": version}
+    return term
 
 
 def split_reference(text: str) -> tuple[str, str | None]:

@@ -510,8 +510,26 @@ def test_a_pattern_that_fits_nothing_is_refused(folders: tuple[Path, list[Path]]
         make_plan(Recipe(base="b"), open_checkpoint(base), [Term("a", open_adapter(path), 1.0, modules)])
 
 
+def test_a_recipe_file_may_write_adapters_as_the_command_line_does(tmp_path: Path) -> None:
+    """A text with version and weight, and a version within `ref`."""
+    text = (
+        "base: b\nadapters: ['t/a@1.0.0:0.5', {ref: t/a@1.0.0, weight: 0.5}, {ref: t/a, version: 1.0.0, weight: 0.5}]"
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert set(load_recipe(tmp_path / "recipe.yaml").adapters) == {AdapterTerm(ref="t/a", version="1.0.0", weight=0.5)}
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "base: [", "base: b\nmethd: ties", "base: b\nadapters: [{ref: a, modules: {q: .inf}}]", "b: 1"]
+    "text",
+    [
+        "",
+        "[1]",
+        "text",
+        "base: [",
+        "base: b\nmethd: ties",
+        "base: b\nadapters: [{ref: a, modules: {q: .inf}}]",
+        "b: 1",
+    ],
 )
 def test_a_bad_recipe_file_is_a_typed_error(tmp_path: Path, text: str) -> None:
     """It names the file."""
