@@ -34,6 +34,8 @@ from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encod
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
 BLOCK_BYTES = 2 << 20
+STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another for each block
+FACTOR_BYTES = 64 << 20  # more factors than this are not held at once
 THREADS = min(4, os.cpu_count() or 1)
 IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
@@ -92,7 +94,14 @@ class TensorJob:
         rows, columns = self.matrix
         if any(item.delta.whole for item in self.deltas) or (self.deltas and self.method and self.method.whole):
             return rows
-        return max(1, BLOCK_BYTES // (4 * max(columns, 1)))
+        return max(1, (STREAM_BYTES if self.streamed else BLOCK_BYTES) // (4 * max(columns, 1)))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the factors are too large to hold at once: a linear sum then takes one adapter after another."""
+        if self.method is None or self.method.name != "linear" or any(item.delta.whole for item in self.deltas):
+            return False
+        return sum(map(_loaded_bytes, self.deltas)) > FACTOR_BYTES
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -357,10 +366,15 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
     return SAFETENSORS_DTYPE[dtype]
 
 
+def _loaded_bytes(item: WeightedDelta) -> int:
+    return sum(math.prod(source.shape) * 4 for source in item.delta.sources)
+
+
 def _factor_bytes(job: TensorJob) -> int:
     """Of one tensor's deltas, in float32; as many more small tensors may be loaded as blocks are in flight."""
-    one = sum(math.prod(source.shape) * 4 for item in job.deltas for source in item.delta.sources)
-    return one * (IN_FLIGHT if job.block_rows >= job.matrix[0] else 2)
+    if job.streamed:
+        return max(map(_loaded_bytes, job.deltas))
+    return sum(map(_loaded_bytes, job.deltas)) * (IN_FLIGHT if job.block_rows >= job.matrix[0] else 2)
 
 
 def _block_bytes(job: TensorJob) -> int:
@@ -368,7 +382,8 @@ def _block_bytes(job: TensorJob) -> int:
         return COPY_BYTES
     rows, columns = job.matrix
     # base, its float32, the result in float32 and rounded, one product a delta
-    widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize + 4 * len(job.deltas)
+    widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize
+    widths += 4 * (2 if job.streamed else len(job.deltas))
     widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
     if job.method and job.method.name != "linear":
         widths += SCRATCH * len(job.deltas)

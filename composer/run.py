@@ -36,6 +36,7 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 17, 64
 LOCAL = threading.local()
+STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
 CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -129,6 +130,9 @@ def _blocks(shard: ShardPlan, plan: Plan) -> Iterator[Callable[[], Block]]:
             for start in range(0, job.nbytes, COPY_BYTES):
                 yield partial(_copy, job, start, min(start + COPY_BYTES, job.nbytes))
             continue
+        if job.streamed:
+            yield from (partial(_merge_streamed, job, plan, start, stop) for start, stop in job.blocks)
+            continue
         terms = [LoadedTerm(item.delta.load(), item.weight, item.term) for item in job.deltas]
         for start, stop in job.blocks:
             if job.matrix[1]:
@@ -169,6 +173,34 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
         result, total, deltas = merge_block(base, terms, start, method, job.dtype)
         survival.add(result.astype(np.float32) - base.astype(np.float32), total, deltas)
         check_overflow(base, result, name)
+    return memoryview(result.reshape(-1).view(np.uint8)), survival
+
+
+def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int) -> Block:
+    """The linear sum with one adapter loaded at a time, in the order of operations of the fused kernel.
+
+    Survival is measured on the first STREAM_TILE rows of each block.
+    """
+    rows, columns = job.matrix
+    width = job.source.nbytes // rows
+    with ONE_AT_A_TIME:
+        raw = _read(job.source, start * width, stop * width)
+        base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
+        original = base.astype(np.float32)
+        total: np.ndarray | None = None
+        kept: list[tuple[int, np.ndarray]] = []
+        for item in job.deltas:
+            delta = item.delta.load().rows(start, stop, original)
+            kept.append((item.term, delta[:STREAM_TILE].copy()))
+            delta *= np.float32(item.weight)
+            total = delta if total is None else np.add(total, delta, out=total)
+        assert total is not None
+        with np.errstate(over="ignore"):
+            result = (original + total).astype(DTYPES[job.dtype])
+        check_overflow(base, result, job.source.name)
+    survival = Survival(len(plan.terms))
+    change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
+    survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
     return memoryview(result.reshape(-1).view(np.uint8)), survival
 
 

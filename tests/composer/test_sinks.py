@@ -14,7 +14,7 @@ import pytest
 import composer.run
 from composer.errors import ConflictError, StorageError
 from composer.sinks import FolderSink
-from tests.support import compose_folders, write_base, write_lora
+from tests.support import compose_folders, plan_folders, weight_bytes, write_base, write_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,3 +172,36 @@ print(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
     peak, grown = map(int, done.stdout.split())
     assert peak < 160 << 20
     assert grown < peak + (48 << 20)
+
+
+@pytest.mark.parametrize(("rows", "adapters"), [(1024, 6), (2048, 12)])
+def test_many_adapters_of_a_high_rank_are_loaded_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, adapters: int
+) -> None:
+    """With a budget of 1 MiB of factors the bytes are those of all at once, and what is held does not grow with them."""
+    import tracemalloc
+
+    import ml_dtypes
+    import numpy as np
+
+    import composer.plan
+
+    random = np.random.default_rng(0)
+    base = write_base(tmp_path / "base", {"x.weight": random.normal(size=(rows, 256)).astype(ml_dtypes.bfloat16)})
+    terms = [
+        (write_lora(tmp_path / f"a{index}", {"x": (rows, 256)}, rank=128, seed=index), (0.3, -0.2, 0.25)[index % 3])
+        for index in range(adapters)
+    ]
+    whole = compose_folders(base, terms, tmp_path / "whole")
+    monkeypatch.setattr(composer.plan, "FACTOR_BYTES", 1 << 20)
+    monkeypatch.setattr(composer.plan, "STREAM_BYTES", 1 << 18)
+    plan = plan_folders(base, terms)
+    assert all(job.streamed for job in plan.jobs)
+    tracemalloc.start()
+    streamed = composer.run.compose(plan, tmp_path / "streamed")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "streamed")
+    assert peak < plan.peak_bytes + (4 << 20)
+    for one, other in zip(whole.record["adapters"], streamed.record["adapters"], strict=True):
+        assert other["survival"] == pytest.approx(one["survival"], abs=2e-2)
