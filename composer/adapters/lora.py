@@ -23,7 +23,7 @@ from composer.deltas_dora import Dora, ScaledVector
 from composer.errors import CorruptFileError, TargetMismatchError
 from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec
 
-__all__ = ["Lora"]
+__all__ = ["Lora", "pattern_value"]
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -154,7 +154,7 @@ def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
     in PEFT's get_pattern_key.
     Raises TargetMismatchError when the configured rank is not that of the tensors.
     """
-    configured = _pattern(config.get("rank_pattern"), module, config["r"])
+    configured = pattern_value(config.get("rank_pattern"), module, config["r"])
     if configured != rank:
         raise TargetMismatchError(
             f"{module}: adapter_config.json says rank {configured}, the tensors have {rank}",
@@ -163,11 +163,15 @@ def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
             remedy="the config belongs to another adapter, or rank_pattern is missing: restore the right one",
             keys=[module],
         )
-    alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha = float(pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def pattern_value(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that fits the module's name or its end, or `default`, as in PEFT.
+
+    Raises CorruptFileError for a pattern that is not a regular expression.
+    """
     for pattern, value in (patterns or {}).items():
         try:
             matched = re.match(rf"(.*\.)?({pattern})$", module)

@@ -42,6 +42,24 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "IA3Config",
         {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
     ),
+    "loha": ("llama", "LoHaConfig", {"target_modules": LINEAR, "r": 3, "alpha": 5}),
+    "loha-patterns": (
+        "bert",
+        "LoHaConfig",
+        {"target_modules": ["query", "dense"], "r": 2, "rank_pattern": {"query": 4}, "alpha_pattern": {"dense": 3}},
+    ),
+    "loha-head": ("llama", "LoHaConfig", {"target_modules": ["q_proj"], "r": 2, "modules_to_save": ["lm_head"]}),
+    "lokr": ("llama", "LoKrConfig", {"target_modules": LINEAR, "r": 2, "alpha": 3}),
+    "lokr-both": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": LINEAR, "r": 2, "decompose_both": True, "decompose_factor": 8},
+    ),
+    "lokr-whole": (
+        "bert",
+        "LoKrConfig",
+        {"target_modules": ["query", "dense"], "r": 64, "alpha": 16, "alpha_pattern": {"query": 4}},
+    ),
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
@@ -241,3 +259,41 @@ def test_kinds_that_are_no_change_of_weights_say_why(peft_type: str, tmp_path: P
         open_adapter(tmp_path)
     assert REASONS[peft_type] in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "lokr-both"])
+def test_half_the_weight_is_half_the_delta(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Linear in the weight, on every tensor."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    base = bases[CASES[case][0]]
+    for weight in (0.5, 1.0):
+        compose_folders(base, [(tmp_path / "adapter", weight)], tmp_path / str(weight))
+    start, half, full = (read_tensors(folder) for folder in (base, tmp_path / "0.5", tmp_path / "1.0"))
+    for name, tensor in start.items():
+        assert torch.allclose(half[name] - tensor, (full[name] - tensor) / 2, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "lokr-both"])
+def test_a_missing_factor_is_corrupt(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Any one tensor fewer: the kind says that the factors do not fit."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    arrays = adapter_arrays(tmp_path / "adapter")
+    for index, name in enumerate(sorted(arrays)[:4]):
+        rest = {other: array for other, array in arrays.items() if other != name}
+        with pytest.raises(CorruptFileError, match="do not fit one another"):
+            open_adapter(copy_adapter(tmp_path / "adapter", tmp_path / str(index), rest))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 7}, {"r": 0}, {"alpha": "4"}, {"rank_pattern": [1]}, {"alpha_pattern": {"q": None}}]
+)
+@pytest.mark.parametrize("case", ["loha", "lokr-both"])
+def test_a_rank_or_alpha_that_is_wrong_is_corrupt(
+    case: str, changes: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """A rank other than the tensors', and values of other types."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CorruptFileError):
+        open_adapter(tmp_path / "adapter")
