@@ -60,6 +60,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LoKrConfig",
         {"target_modules": ["query", "dense"], "r": 64, "alpha": 16, "alpha_pattern": {"query": 4}},
     ),
+    "adalora": ("llama", "AdaLoraConfig", {"target_modules": LINEAR, "init_r": 6, "lora_alpha": 9, "total_step": 9}),
+    "adalora-conv1d": (
+        "gpt2",
+        "AdaLoraConfig",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "init_r": 3, "fan_in_fan_out": True, "total_step": 9},
+    ),
+    "adalora-bias": (
+        "bert",
+        "AdaLoraConfig",
+        {"target_modules": ["query", "dense"], "init_r": 3, "lora_alpha": 0, "bias": "all", "total_step": 9},
+    ),
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
@@ -261,7 +272,7 @@ def test_kinds_that_are_no_change_of_weights_say_why(peft_type: str, tmp_path: P
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("case", ["loha", "lokr", "lokr-both"])
+@pytest.mark.parametrize("case", ["loha", "lokr", "lokr-both", "adalora"])
 def test_half_the_weight_is_half_the_delta(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """Linear in the weight, on every tensor."""
     make_adapter(case, bases, tmp_path / "adapter")
@@ -273,7 +284,7 @@ def test_half_the_weight_is_half_the_delta(case: str, bases: dict[str, Path], tm
         assert torch.allclose(half[name] - tensor, (full[name] - tensor) / 2, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.parametrize("case", ["loha", "lokr", "lokr-both"])
+@pytest.mark.parametrize("case", ["loha", "lokr", "lokr-both", "adalora"])
 def test_a_missing_factor_is_corrupt(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """Any one tensor fewer: the kind says that the factors do not fit."""
     make_adapter(case, bases, tmp_path / "adapter")
@@ -295,5 +306,55 @@ def test_a_rank_or_alpha_that_is_wrong_is_corrupt(
     make_adapter(case, bases, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CorruptFileError):
+        open_adapter(tmp_path / "adapter")
+
+
+def pruned_adapter(bases: dict[str, Path], folder: Path) -> torch.Tensor:
+    """An AdaLoRA that PEFT's own allocator pruned, module by module, saved; returns PEFT's output after loading it."""
+    import peft
+
+    torch.manual_seed(5)
+    config = peft.AdaLoraConfig(
+        target_modules=LINEAR, init_r=4, target_r=1, lora_alpha=8, tinit=1, tfinal=1, total_step=9
+    )
+    adapted = peft.get_peft_model(load(bases["llama"]), config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    kept = iter([[True, False, True, False], [False] * 4, [True] * 4, [False, False, False, True]] * 9)
+    masks = {name: next(kept) for name, _ in adapted.base_model.model.named_parameters() if "lora_E" in name}
+    adapted.peft_config["default"].rank_pattern = masks
+    adapted.save_pretrained(folder)
+    return run_model(peft.PeftModel.from_pretrained(load(bases["llama"]), folder))
+
+
+def test_an_adalora_that_was_pruned_has_the_ranks_that_are_left(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: PEFT's forward of the loaded adapter; a module may have lost all of its ranks."""
+    wanted = pruned_adapter(bases, tmp_path / "adapter")
+    ranks = {array.shape[0] for name, array in adapter_arrays(tmp_path / "adapter").items() if "lora_A" in name}
+    assert ranks == {0, 1, 2, 4}
+    compose_folders(bases["llama"], [(tmp_path / "adapter", 1.0)], tmp_path / "llama")
+    assert torch.allclose(run_model(load(tmp_path / "llama")), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_r": 5},
+        {"init_r": "6"},
+        {"lora_alpha": None},
+        {"fan_in_fan_out": "yes"},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": "all"}},
+        {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True, True, True, True]}},
+    ],
+)
+def test_an_adalora_whose_config_does_not_fit_is_corrupt(
+    changes: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Ranks other than the tensors', and values of other types."""
+    make_adapter("adalora", bases, tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", **changes)
     with pytest.raises(CorruptFileError):
         open_adapter(tmp_path / "adapter")
