@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from composer.errors import CorruptFileError
 from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec
@@ -14,18 +14,22 @@ PREFIX = "base_model.model."
 WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|original_module)(?=\.)")
 
 
-def factors_by_module(header: SafetensorsHeader, suffixes: Sequence[str]) -> dict[str, dict[str, TensorSpec]]:
+def factors_by_module(
+    header: SafetensorsHeader | Mapping[str, TensorSpec], suffixes: Sequence[str]
+) -> dict[str, dict[str, TensorSpec]]:
     """The tensors named <module>.<suffix>, by module and suffix; a trailing `.default` (a raw state dict) is dropped.
 
-    Raises CorruptFileError when there are none.
+    A suffix may hold a dot (oft_R.weight). Raises CorruptFileError when there are none.
     """
+    tensors = header if isinstance(header, Mapping) else header.tensors
     found: dict[str, dict[str, TensorSpec]] = {}
-    for name, spec in sorted(header.tensors.items()):
-        module, _, suffix = name.removeprefix(PREFIX).removesuffix(".default").rpartition(".")
-        if module and suffix in suffixes:
-            found.setdefault(module, {})[suffix] = spec
+    for name, spec in sorted(tensors.items()):
+        short = name.removeprefix(PREFIX).removesuffix(".default")
+        for suffix in suffixes:
+            if (module := short.removesuffix(f".{suffix}")) != short:
+                found.setdefault(module, {})[suffix] = spec
     if not found:
-        raise damaged("the adapter holds none of its kind's tensors", list(suffixes), list(header.tensors)[:5])
+        raise damaged("the adapter holds none of its kind's tensors", list(suffixes), list(tensors)[:5])
     return found
 
 
@@ -44,10 +48,10 @@ def module_names(factors: dict[str, dict[str, TensorSpec]]) -> tuple[str, ...]:
     return tuple(sorted({module.rpartition(".")[2] for module in factors}))
 
 
-def check_floats(header: SafetensorsHeader) -> None:
-    """Raise CorruptFileError when a tensor does not hold floating-point numbers."""
+def check_floats(header: SafetensorsHeader, integers: Collection[str] = ()) -> None:
+    """Raise CorruptFileError when a tensor other than `integers` does not hold floating-point numbers."""
     for spec in header.tensors.values():
-        if spec.dtype not in FLOAT_DTYPES:
+        if spec.name not in integers and spec.dtype not in FLOAT_DTYPES:
             raise damaged(f"{spec.name} is {spec.dtype}", sorted(FLOAT_DTYPES), spec.dtype)
 
 

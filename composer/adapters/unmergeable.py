@@ -24,6 +24,7 @@ REASONS = {
     "ADAPTION_PROMPT": "it adds a gated attention over trained vectors to the layers",
     "XLORA": _ROUTED,
     "POLY": _ROUTED,
+    "LILY": _ROUTED,
 }
 
 

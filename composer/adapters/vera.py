@@ -1,0 +1,88 @@
+"""VeRA and PVeRA: two random projections that all modules share, scaled by vectors (arXiv:2310.11454; PEFT's vera).
+
+base_model.vera_A [r, largest in]    base_model.vera_B [largest out, r]
+base_model.model.<module>.vera_lambda_b [out]    vera_lambda_d [r]
+
+W += (λb ⊙ B[:out])·(λd ⊙ A[:, :in])
+PVeRA (peft/tuners/pvera) keeps 2r rows of A and λd, means first: the mean is what a merge can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from composer.adapters import ANY_SIZE, adapter_kind, refuse
+from composer.adapters._common import damaged
+from composer.adapters._modules import ModuleKind, Parts, unfit
+from composer.deltas import BlockDelta, read_array
+from composer.product import product
+from composer.tensors import SafetensorsHeader
+
+__all__ = ["Pvera", "Vera"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedProjections:
+    """left [out, r] · right [r, largest in], as many columns as the base has; float32."""
+
+    kind: str
+    left: np.ndarray
+    right: np.ndarray
+
+    def rows(self, start: int, stop: int, base: np.ndarray) -> np.ndarray:
+        if base.shape[1] > self.right.shape[1]:
+            raise unfit(self.kind, f"at most {self.right.shape[1]} inputs", base.shape[1])
+        return product(self.left[start:stop], np.ascontiguousarray(self.right[:, : base.shape[1]]))
+
+
+@adapter_kind
+class Vera(ModuleKind):
+    """Scaled slices of shared random projections on linear (and Conv1D) weights."""
+
+    name = "vera"
+    peft_types = ("VERA",)
+    parts = ("vera_lambda_b", "vera_lambda_d")
+    shared = ("vera_A", "vera_B")
+    halves = 1  # of A and λd, of which the first counts
+
+    def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
+        """Raise UnsupportedAdapterError where the projections were not saved, else as every kind."""
+        if config.get("save_projection") is False:
+            raise refuse(
+                f"{config['peft_type']} without its projections in the file is not supported",
+                expected="save_projection=True",
+                found=False,
+                remedy="load it with PEFT, set save_projection=True in its config and save it again",
+            )
+        super().check(config, header)
+
+    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, int]:
+        shapes = {name: spec.shape for name, spec in parts.items()}
+        b, d, a, bb = (shapes[name] for name in (*self.parts, *self.shared))
+        fits = len(a) == len(bb) == 2 and len(b) == len(d) == 1 and 0 not in (*a, *bb, *b, *d)
+        if not fits or d[0] != a[0] or a[0] != self.halves * bb[1] or b[0] > bb[0]:
+            found = {name: list(shape) for name, shape in shapes.items()}
+            raise damaged(
+                f"{module}: the parts of {self.name} do not fit", "λb [out], λd [r], A [r, …], B […, r]", found
+            )
+        return (b[0], ANY_SIZE)
+
+    def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
+        b, d, a, bb = (read_array(parts[name]) for name in (*self.parts, *self.shared))
+        rank = bb.shape[1]
+        return LoadedProjections(self.name, b[:, None] * bb[: len(b)], d[:rank, None] * a[:rank])
+
+
+@adapter_kind
+class Pvera(Vera):
+    """VeRA with probabilistic latents, merged at their means."""
+
+    name = "pvera"
+    peft_types = ("PVERA",)
+    parts = ("pvera_lambda_b", "pvera_lambda_d")
+    shared = ("pvera_A", "pvera_B")
+    options: ClassVar = {"sample_at_inference": (False, None)}
+    halves = 2
