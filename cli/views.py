@@ -175,6 +175,7 @@ def composition_block(result: CompositionInfo) -> str:
     """What compose made."""
     record = result.record
     base = record.get("base", {})
+    lost = record.get("export", {}).get("discarded_energy")
     timing = ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())
     facts = block(
         [
@@ -184,6 +185,7 @@ def composition_block(result: CompositionInfo) -> str:
             ("export", result.export),
             ("output", result.output_digest),
             ("size", size(result.nbytes)),
+            ("discarded", None if lost is None else f"{lost:.3%} of the energy, by the rank"),
             ("seconds", timing),
         ]
     )

@@ -8,7 +8,7 @@ Both give the same bytes where both apply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +61,22 @@ class Survival:
             self._exact[term] += factor * float(flat_exact @ flat)
             self._norm[term] += factor * float(flat @ flat)
 
+    def add_products(
+        self,
+        written: tuple[np.ndarray, np.ndarray],
+        exact: tuple[np.ndarray, np.ndarray],
+        deltas: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        """Account for one tensor whose changes are products left·right, by their factors: no product is formed.
+
+        written: what R is the product of; exact: D; deltas: one pair a term. ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂) ⊙ (R₁R₂ᵀ).
+        """
+        self._total_norm += _inner(exact, exact)
+        for term, delta in deltas.items():
+            self._written[term] += _inner(written, delta)
+            self._exact[term] += _inner(exact, delta)
+            self._norm[term] += _inner(delta, delta)
+
     def merge(self, other: Survival) -> None:
         """Add the sums of `other`, measured apart."""
         self._written += other._written
@@ -79,6 +95,11 @@ class Survival:
     def norms(self) -> list[float]:
         """‖Δᵢ‖ (Frobenius, over all tensors that are added to) of each unweighted term."""
         return [float(norm) ** 0.5 for norm in self._norm]
+
+
+def _inner(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
+    (left, right), (left2, right2) = (tuple(side.astype(np.float64) for side in pair) for pair in (one, other))
+    return float(np.sum((left.T @ left2) * (right @ right2.T)))
 
 
 def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) -> bool:
