@@ -46,6 +46,8 @@ COMMANDS = {
     "check": "compatibility",
     "plan": "compose",
     "compose": "compose",
+    "extract": "convert",
+    "resize": "convert",
     "inspect": "compose",
     "serve": "service",
     "doctor": "service",

@@ -11,6 +11,7 @@ from registry.schemas import (
     BaseInfo,
     CompatibleAdapter,
     CompositionInfo,
+    ConversionInfo,
     DoctorCheck,
     FileInfo,
     PlanInfo,
@@ -24,6 +25,7 @@ __all__ = [
     "checks_table",
     "compatible_table",
     "composition_block",
+    "conversion_block",
     "fits_table",
     "inspection",
     "plan_block",
@@ -31,6 +33,8 @@ __all__ = [
     "version_block",
     "version_table",
 ]
+
+WORST = 10
 
 
 def base_table(bases: Sequence[BaseInfo]) -> str:
@@ -207,6 +211,27 @@ def composition_block(result: CompositionInfo) -> str:
         "no files",
     )
     return f"{facts}\n\n{adapters}\n\n{files}"
+
+
+def conversion_block(result: ConversionInfo) -> str:
+    """The LoRA that was made, and the modules that lost most."""
+    record = result.record
+    least, most = record["ranks"]["least"], record["ranks"]["most"]
+    facts = block(
+        [
+            ("written", result.out),
+            ("digest", result.output_digest),
+            ("size", size(result.nbytes)),
+            ("rank", f"{most}" if least == most else f"{least} to {most}"),
+            ("energy kept", f"{result.kept_energy:.3%}"),
+            ("saved whole", record.get("saved_whole")),
+            ("left out", record.get("left_out")),
+        ]
+    )
+    worst = sorted(record["kept_energy_by_module"].items(), key=lambda item: item[1])[:WORST]
+    rows = [(name, f"{kept:.3%}") for name, kept in worst]
+    headers = (f"LEAST KEPT OF {record['modules']} MODULES", "ENERGY")
+    return f"{facts}\n\n{table(headers, rows, 'no modules')}"
 
 
 def checks_table(checks: Sequence[DoctorCheck]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from composer.sinks import FolderSink
 from composer.tensors import COPY_BYTES, DTYPES, encode_header
 
-__all__ = ["FACTOR_NAMES", "PREFIX", "lora_config", "model_card", "most_common", "write_json", "write_tensors"]
+__all__ = ["FACTOR_NAMES", "PREFIX", "lora_config", "model_card", "most_common", "share", "write_json", "write_tensors"]
 
 PREFIX = "base_model.model."
 FACTOR_NAMES = (f"{PREFIX}{{}}.lora_A.weight", f"{PREFIX}{{}}.lora_B.weight")
@@ -103,6 +103,11 @@ def model_card(fields: Mapping[str, Any], title: str, text: str, table: Sequence
         if index == 0:
             lines.append("|" + "---|" * len(row))
     return ("\n".join(lines).rstrip() + "\n").encode()
+
+
+def share(part: float, total: float) -> float:
+    """part / total to 6 digits; 0 where there is nothing."""
+    return float(f"{part / total:.6g}") if total else 0.0
 
 
 def most_common(values: Iterable[Any]) -> Any:

@@ -221,6 +221,16 @@ class CompositionInfo(Schema):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
+class ConversionInfo(Schema):
+    """A LoRA that was extracted or resized."""
+
+    out: str
+    output_digest: str
+    nbytes: int
+    kept_energy: float = Field(description="share of the sum of squared singular values, over all modules")
+    record: dict[str, Any] = Field(description="provenance.json")
+
+
 class JobInfo(Schema):
     """A compose that runs on the service."""
 

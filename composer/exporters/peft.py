@@ -20,16 +20,25 @@ from composer.adapters import CONFIG, WEIGHTS, Adapter
 from composer.adapters.adalora import SingularFactors
 from composer.deltas import LoadedLowRank, LowRank, Replace
 from composer.errors import IncompatibleError, RecipeError, UnsupportedAdapterError
-from composer.factors import stacked, thin_svd
+from composer.factors import stacked, truncate
 from composer.kernels import Survival, cast_block
 from composer.methods import find_method
-from composer.peft_format import FACTOR_NAMES, PREFIX, lora_config, model_card, most_common, write_json, write_tensors
+from composer.peft_format import (
+    FACTOR_NAMES,
+    PREFIX,
+    lora_config,
+    model_card,
+    most_common,
+    share,
+    write_json,
+    write_tensors,
+)
 from composer.plan import SAFETENSORS_DTYPE, Plan, TensorJob, WeightedDelta
 from composer.recipe import Dtype
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, encode_header
 
-__all__ = ["PeftExporter"]
+__all__ = ["PeftExporter", "is_low_rank"]
 
 SUMS = ("linear", "cat", "task_arithmetic")
 Pair = tuple[np.ndarray, np.ndarray]
@@ -64,7 +73,7 @@ class PeftExporter:
         for job in jobs:
             for item in job.deltas:
                 _check_delta(plan, job, item, names)
-        if len({item.delta.transposed for job in jobs for item in job.deltas if _low_rank(item.delta)}) > 1:
+        if len({item.delta.transposed for job in jobs for item in job.deltas if is_low_rank(item.delta)}) > 1:
             raise IncompatibleError(
                 "some of the modules are [in, out] in this base and others [out, in]: one config cannot say both",
                 expected="only Conv1D modules, or none of them",
@@ -111,9 +120,9 @@ class PeftExporter:
         if plan.recipe.rank is not None:
             total = sum(total for _, total in run.energy.values())
             lost = sum(lost for lost, _ in run.energy.values())
-            facts["discarded_energy"] = _share(lost, total)
+            facts["discarded_energy"] = share(lost, total)
             facts["discarded_energy_by_module"] = {
-                name: _share(lost, total) for name, (lost, total) in sorted(run.energy.items())
+                name: share(lost, total) for name, (lost, total) in sorted(run.energy.items())
             }
         return facts, run.survival
 
@@ -131,7 +140,9 @@ class _Run:
     def tensors(self, progress: Callable[[str, int, int], None]) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor of the file by name, in the order of the base's tensors."""
         jobs = [job for job in self.plan.jobs if job.deltas]
-        owners = {self.names[job.source.name].removesuffix(".weight") for job in jobs if _low_rank(job.deltas[0].delta)}
+        owners = {
+            self.names[job.source.name].removesuffix(".weight") for job in jobs if is_low_rank(job.deltas[0].delta)
+        }
         for done, job in enumerate(jobs):
             progress("writing the adapter", done, len(jobs))
             parameter = self.names[job.source.name]
@@ -159,9 +170,7 @@ class _Run:
             left, right = stacked(deltas, [weight * scaling for weight in weights])
         exact = left, right
         if self.plan.recipe.rank is not None:
-            left, right, *self.energy[module] = truncate(
-                left, right, min(self.plan.recipe.rank, _bound(self.plan, job))
-            )
+            left, right, *self.energy[module] = truncate(left, right, rank=_bound(self.plan, job))
         written = tuple(cast_block(side, _dtype(self.plan), job.source.name) for side in (left, right))
         parts = {
             item.term: (delta.left.astype(np.float64) * float(delta.scale), delta.right.astype(np.float64))
@@ -171,29 +180,7 @@ class _Run:
         return written
 
 
-def truncate(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """The best approximation of left·right at `rank`, padded with zeros where the product has a lower rank.
-
-    left [rows, r], right [r, columns]. Returns float64 U√S [rows, rank] and √S·Vᵀ [rank, columns], the energy that is
-    left out (the sum of the squared singular values) and all of it.
-    """
-    u, s, v = thin_svd(left, right)
-    root = np.sqrt(s[:rank])
-    pad = rank - len(root)
-    squares = np.square(s)
-    return (
-        np.pad(u[:, :rank] * root, ((0, 0), (0, pad))),
-        np.pad(v[:rank] * root[:, None], ((0, pad), (0, 0))),
-        float(squares[rank:].sum()),
-        float(squares.sum()),
-    )
-
-
-def _share(part: float, total: float) -> float:
-    return float(f"{part / total:.6g}") if total else 0.0
-
-
-def _low_rank(delta: Any) -> bool:
+def is_low_rank(delta: Any) -> bool:
     """Whether it is B·A on a matrix, as lora_A and lora_B of a linear layer say it."""
     return isinstance(delta, LowRank | SingularFactors) and ".lora_A" in delta.a.name and len(delta.a.shape) == 2
 
@@ -211,7 +198,7 @@ def _dtype(plan: Plan) -> str:
 
 def _check_delta(plan: Plan, job: TensorJob, item: WeightedDelta, names: Mapping[str, str]) -> None:
     delta, term = item.delta, plan.terms[item.term]
-    if _low_rank(delta) and job.source.name.endswith(".weight") and len(job.source.shape) == 2:
+    if is_low_rank(delta) and job.source.name.endswith(".weight") and len(job.source.shape) == 2:
         return
     if isinstance(delta, Replace) and _keeps(term.adapter, names[job.source.name]):
         return
