@@ -48,6 +48,7 @@ COMMANDS = {
     "compose": "compose",
     "extract": "convert",
     "resize": "convert",
+    "delta": "delta",
     "inspect": "compose",
     "serve": "service",
     "doctor": "service",

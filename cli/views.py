@@ -12,6 +12,7 @@ from registry.schemas import (
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     FileInfo,
     PlanInfo,
@@ -26,6 +27,7 @@ __all__ = [
     "compatible_table",
     "composition_block",
     "conversion_block",
+    "delta_block",
     "fits_table",
     "inspection",
     "plan_block",
@@ -232,6 +234,19 @@ def conversion_block(result: ConversionInfo) -> str:
     rows = [(name, f"{kept:.3%}") for name, kept in worst]
     headers = (f"LEAST KEPT OF {record['modules']} MODULES", "ENERGY")
     return f"{facts}\n\n{table(headers, rows, 'no modules')}"
+
+
+def delta_block(result: DeltaInfo) -> str:
+    """What was written, and what it stands for."""
+    return block(
+        [
+            ("written", result.out),
+            ("digest", result.output_digest),
+            ("size", size(result.nbytes)),
+            ("stands for", f"{size(result.checkpoint_nbytes)} of weights"),
+            ("tensors", f"{result.tensors} differ from the base's"),
+        ]
+    )
 
 
 def checks_table(checks: Sequence[DoctorCheck]) -> str:

@@ -24,7 +24,7 @@ from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec
 
-__all__ = ["RECORD", "Converted", "check_size", "extract_lora"]
+__all__ = ["RECORD", "Converted", "check_same_tensors", "check_size", "extract_lora"]
 
 RECORD = "provenance.json"
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|shared|relative_attention_bias|[^.]*embed[^.]*)\.weight")
@@ -73,7 +73,7 @@ def extract_lora(
     something that cannot be carried), NonFiniteError, StorageError; `out` is untouched then.
     """
     check_size(rank, energy)
-    _check_same_tensors(finetune, base)
+    check_same_tensors(finetune, base)
     known = inputs or {}
     run = _Run(finetune, base, rank, energy, ignore_rest)
     with FolderSink(out) as sink:
@@ -237,7 +237,8 @@ def _is_linear(spec: TensorSpec | QuantisedTensor) -> bool:
     return matrix and spec.name.endswith(".weight") and not EMBEDDING.fullmatch(spec.name)
 
 
-def _check_same_tensors(finetune: Checkpoint, base: Checkpoint) -> None:
+def check_same_tensors(finetune: Checkpoint, base: Checkpoint) -> None:
+    """Raise TargetMismatchError unless both have the same tensors in the same shapes."""
     ours, theirs = finetune.shapes, base.shapes
     wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if wrong:

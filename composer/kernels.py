@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from composer.deltas import BlockDelta, LoadedLowRank
+from composer.deltas_checkpoint import LoadedCheckpointDelta
 from composer.errors import NonFiniteError
 from composer.methods import BoundMethod
 from composer.product import Factors, add_product
 from composer.tensors import DTYPES
 
-__all__ = ["LoadedTerm", "Survival", "cast_block", "fusible", "merge_block", "merge_fused"]
+__all__ = ["LoadedTerm", "Survival", "cast_block", "fusible", "merge_block", "merge_fused", "restores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,12 @@ def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) 
         and source == target == "BF16"
         and all(isinstance(term.delta, LoadedLowRank) and term.delta.copy is None for term in terms)
     )
+
+
+def restores(terms: Sequence[LoadedTerm], method: str) -> bool:
+    """Whether the result is one fine-tune's own tensor, whose bits base + (W' − W) in float32 would not always give."""
+    alone = len(terms) == 1 and terms[0].weight == 1.0 and method in ("linear", "cat")
+    return alone and isinstance(terms[0].delta, LoadedCheckpointDelta)
 
 
 def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name: str) -> np.ndarray:

@@ -22,7 +22,16 @@ import numpy as np
 from composer.checkpoint import INDEX
 from composer.exporters import check_export, find_exporter, find_plan_exporter
 from composer.files import copy_names, read_json
-from composer.kernels import LoadedTerm, Survival, cast_block, check_overflow, fusible, merge_block, merge_fused
+from composer.kernels import (
+    LoadedTerm,
+    Survival,
+    cast_block,
+    check_overflow,
+    fusible,
+    merge_block,
+    merge_fused,
+    restores,
+)
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
@@ -170,6 +179,11 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
         result = cast_block(base, job.dtype, name)
     elif job.deltas[0].delta.replaces:
         result = cast_block(terms[0].delta.rows(start, stop, base.astype(np.float32)), job.dtype, name)
+    elif restores(terms, plan.recipe.method):
+        original = base.astype(np.float32)
+        new = terms[0].delta.restored(start, stop, original)
+        result = cast_block(new, job.dtype, name)
+        survival.add(result.astype(np.float32) - original, new - original, [(terms[0].term, new - original)])
     elif fusible(terms, plan.recipe.method, job.source.dtype, job.dtype):
         result = merge_fused(base, terms, start, name)
         _sample(job, plan, terms, base, result, start, survival)

@@ -31,6 +31,7 @@ from registry.schemas import (
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     JobInfo,
     JobState,
@@ -243,11 +244,22 @@ class RemoteRegistry:
         progress: Progress | None = None,
     ) -> ConversionInfo:
         """Not over REST: the weights of both would have to come here first."""
-        raise UsageError(
-            "a LoRA is extracted where the two checkpoints lie",
+        raise self._only_here("a LoRA is extracted")
+
+    def make_delta(self, finetune: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Not over REST, as `extract`."""
+        raise self._only_here("a delta is made")
+
+    def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Not over REST, as `extract`."""
+        raise self._only_here("a checkpoint is restored")
+
+    def _only_here(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} where the checkpoints lie",
             expected="a registry on this machine",
             found=self.url,
-            remedy="leave --url out and give folders; publish the result with --url",
+            remedy="leave --url out and give folders; publish and pull adapters with --url",
         )
 
     def resize(self, ref: str, out: Path, *, rank: int | None = None, energy: float | None = None) -> ConversionInfo:

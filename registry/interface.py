@@ -16,6 +16,7 @@ from registry.schemas import (
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     Level,
     Page,
@@ -148,6 +149,14 @@ class Registry(Protocol):
 
     def resize(self, ref: str, out: Path, *, rank: int | None = None, energy: float | None = None) -> ConversionInfo:
         """Write the new folder `out`: an adapter (name or folder) at another rank or a share of the energy."""
+        ...
+
+    def make_delta(self, finetune: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Write the new folder `out`: an adapter that is the exact difference of two bases or checkpoint folders."""
+        ...
+
+    def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Write the new folder `out`: the checkpoint that such an adapter (name or folder) was made of, every byte."""
         ...
 
     def inspect(self, ref: str) -> dict[str, Any]:

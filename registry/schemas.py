@@ -231,6 +231,16 @@ class ConversionInfo(Schema):
     record: dict[str, Any] = Field(description="provenance.json")
 
 
+class DeltaInfo(Schema):
+    """A fine-tune stored as a delta, or restored from one."""
+
+    out: str
+    output_digest: str
+    nbytes: int = Field(description="of the files written")
+    checkpoint_nbytes: int = Field(description="of the weights that the delta stands for")
+    tensors: int = Field(description="how many tensors differ from the base's")
+
+
 class JobInfo(Schema):
     """A compose that runs on the service."""
 

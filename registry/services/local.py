@@ -19,6 +19,7 @@ from registry.schemas import (
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     Level,
     Page,
@@ -174,6 +175,12 @@ class LocalRegistry:
 
     def resize(self, ref: str, out: Path, *, rank: int | None = None, energy: float | None = None) -> ConversionInfo:
         return self._conversions.resize(ref, out, rank, energy)
+
+    def make_delta(self, finetune: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        return self._conversions.make_delta(finetune, base, out, progress)
+
+    def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        return self._conversions.restore_delta(ref, base, out, progress)
 
     def inspect(self, ref: str) -> dict[str, Any]:
         return self._inspection.inspect(ref)
