@@ -1,4 +1,4 @@
-"""Recipes: plan, compose; and inspect, which looks at what came of them."""
+"""Recipes: plan, compose, undo; and inspect, which looks at what came of them."""
 
 from __future__ import annotations
 
@@ -166,6 +166,27 @@ def compose(
 
 
 @click.command()
+@click.argument("folder", metavar="COMPOSED", type=click.Path(path_type=Path))
+@click.option("--adapter", "adapters", multiple=True, help="Take out only this one; may be repeated.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@common_options
+@pass_settings
+def undo(settings: Settings, folder: Path, adapters: tuple[str, ...], out: Path, force: bool) -> None:
+    """Take adapters out of the composed model in COMPOSED again; without --adapter, all of them.
+
+    What is left is composed anew from the inputs that composition.json names by their hashes, so it is exact: without
+    any adapter, the base's own tensors, which is verified. The base must be registered.
+    """
+    from cli.views import composition_block
+    from registry.undo import undo as take_out
+
+    with settings.progress() as progress:
+        result = take_out(settings.registry, folder, out, adapters=adapters, replace=force, progress=progress)
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
 @click.argument("ref", metavar="REF|PATH")
 @common_options
 @pass_settings
@@ -181,4 +202,4 @@ def inspect(settings: Settings, ref: str) -> None:
     emit(settings, facts, lambda: inspection(facts), lambda: name)
 
 
-COMMANDS = {"plan": plan, "compose": compose, "inspect": inspect}
+COMMANDS = {"plan": plan, "compose": compose, "undo": undo, "inspect": inspect}

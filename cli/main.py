@@ -46,6 +46,7 @@ COMMANDS = {
     "check": "compatibility",
     "plan": "compose",
     "compose": "compose",
+    "undo": "compose",
     "extract": "convert",
     "resize": "convert",
     "delta": "delta",

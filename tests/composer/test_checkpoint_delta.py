@@ -246,3 +246,12 @@ def test_a_large_delta_is_loaded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not plan.jobs[0].streamed
     assert plan_folders(base, [(lora, 1.0), (lora, 1.0)]).jobs[0].streamed
     assert plan.peak_bytes > 2 * 64 * 64 * 4
+
+
+def test_a_delta_is_a_way_back_from_a_composition(tiny_llama: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    """Made from the composed model to its base, it restores the base's files when only the composed model is left."""
+    compose_folders(tiny_llama, [(tiny_lora, 1.0)], tmp_path / "composed")
+    made(tiny_llama, tmp_path / "composed", tmp_path / "back")
+    restore(open_adapter(tmp_path / "back"), open_checkpoint(tmp_path / "composed"), tmp_path / "base")
+    original = digests(tiny_llama)
+    assert digests(tmp_path / "base") == original
