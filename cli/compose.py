@@ -1,4 +1,4 @@
-"""Recipes: plan, compose; and inspect, which looks at what came of them."""
+"""Recipes: plan, compose, undo; and inspect, which looks at what came of them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def recipe_options(command: F) -> F:
         show_default=True,
         help="The weakest compatibility to accept.",
     )(command)
+    command = click.option(
+        "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
+    )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
     command = click.option(
         "--dtype",
@@ -53,17 +56,20 @@ def recipe_options(command: F) -> F:
     return click.argument("recipe")(command)
 
 
-def to_recipe(text: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, allow: str) -> Recipe:
+def to_recipe(
+    text: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, rank: int | None, allow: str
+) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
     from composer.recipe import Allow, Dtype, Export, load_recipe, parse_recipe
 
     pairs = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
-        words = {"method": method, "parameters": pairs, "dtype": dtype, "export": export, "allow": allow}
+        words = {"method": method, "parameters": pairs, "dtype": dtype, "export": export}
+        words |= {"rank": rank, "allow": allow}
         source = click.get_current_context().get_parameter_source
         return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
     return parse_recipe(
-        text, method=method, parameters=pairs, dtype=Dtype(dtype), export=Export(export), allow=Allow(allow)
+        text, method=method, parameters=pairs, dtype=Dtype(dtype), export=Export(export), rank=rank, allow=Allow(allow)
     )
 
 
@@ -94,7 +100,8 @@ def default_out(recipe: Recipe) -> Path:
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
-    return Path(f"{name}{method}{dtype}{export}")
+    rank = "" if recipe.rank is None else f"-r{recipe.rank}"
+    return Path(f"{name}{method}{dtype}{export}{rank}")
 
 
 @click.command()
@@ -102,7 +109,14 @@ def default_out(recipe: Recipe) -> Path:
 @common_options
 @pass_settings
 def plan(
-    settings: Settings, recipe: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, allow: str
+    settings: Settings,
+    recipe: str,
+    method: str,
+    parameters: tuple[str, ...],
+    dtype: str,
+    export: str,
+    rank: int | None,
+    allow: str,
 ) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
@@ -111,7 +125,7 @@ def plan(
     """
     from cli.views import plan_block
 
-    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, allow))
+    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, rank, allow))
     emit(settings, info, lambda: plan_block(info), lambda: "accepted" if info.accepted else "refused", info.warnings)
     if not info.accepted:
         click.get_current_context().exit(INCOMPATIBLE)
@@ -132,21 +146,43 @@ def compose(
     parameters: tuple[str, ...],
     dtype: str,
     export: str,
+    rank: int | None,
     allow: str,
     out: Path | None,
     force: bool,
 ) -> None:
-    """Compose RECIPE into a new folder: weights, companions and composition.json.
+    """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
     RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
     YAML file that may give weights by module. The folder appears whole or not at all.
     """
     from cli.views import composition_block
 
-    wanted = to_recipe(recipe, method, parameters, dtype, export, allow)
+    wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow)
     folder = out or default_out(wanted)
     with settings.progress() as progress:
         result = settings.registry.compose(wanted, folder, replace=force, progress=progress)
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
+@click.argument("folder", metavar="COMPOSED", type=click.Path(path_type=Path))
+@click.option("--adapter", "adapters", multiple=True, help="Take out only this one; may be repeated.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@common_options
+@pass_settings
+def undo(settings: Settings, folder: Path, adapters: tuple[str, ...], out: Path, force: bool) -> None:
+    """Take adapters out of the composed model in COMPOSED again; without --adapter, all of them.
+
+    What is left is composed anew from the inputs that composition.json names by their hashes, so it is exact: without
+    any adapter, the base's own tensors, which is verified. The base must be registered.
+    """
+    from cli.views import composition_block
+    from registry.undo import undo as take_out
+
+    with settings.progress() as progress:
+        result = take_out(settings.registry, folder, out, adapters=adapters, replace=force, progress=progress)
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
 
 
@@ -166,4 +202,4 @@ def inspect(settings: Settings, ref: str) -> None:
     emit(settings, facts, lambda: inspection(facts), lambda: name)
 
 
-COMMANDS = {"plan": plan, "compose": compose, "inspect": inspect}
+COMMANDS = {"plan": plan, "compose": compose, "undo": undo, "inspect": inspect}

@@ -11,6 +11,8 @@ from registry.schemas import (
     BaseInfo,
     CompatibleAdapter,
     CompositionInfo,
+    ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     FileInfo,
     PlanInfo,
@@ -24,6 +26,8 @@ __all__ = [
     "checks_table",
     "compatible_table",
     "composition_block",
+    "conversion_block",
+    "delta_block",
     "fits_table",
     "inspection",
     "plan_block",
@@ -31,6 +35,8 @@ __all__ = [
     "version_block",
     "version_table",
 ]
+
+WORST = 10
 
 
 def base_table(bases: Sequence[BaseInfo]) -> str:
@@ -175,6 +181,7 @@ def composition_block(result: CompositionInfo) -> str:
     """What compose made."""
     record = result.record
     base = record.get("base", {})
+    lost = record.get("export", {}).get("discarded_energy")
     timing = ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())
     facts = block(
         [
@@ -184,6 +191,7 @@ def composition_block(result: CompositionInfo) -> str:
             ("export", result.export),
             ("output", result.output_digest),
             ("size", size(result.nbytes)),
+            ("discarded", None if lost is None else f"{lost:.3%} of the energy, by the rank"),
             ("seconds", timing),
         ]
     )
@@ -205,6 +213,40 @@ def composition_block(result: CompositionInfo) -> str:
         "no files",
     )
     return f"{facts}\n\n{adapters}\n\n{files}"
+
+
+def conversion_block(result: ConversionInfo) -> str:
+    """The LoRA that was made, and the modules that lost most."""
+    record = result.record
+    least, most = record["ranks"]["least"], record["ranks"]["most"]
+    facts = block(
+        [
+            ("written", result.out),
+            ("digest", result.output_digest),
+            ("size", size(result.nbytes)),
+            ("rank", f"{most}" if least == most else f"{least} to {most}"),
+            ("energy kept", f"{result.kept_energy:.3%}"),
+            ("saved whole", record.get("saved_whole")),
+            ("left out", record.get("left_out")),
+        ]
+    )
+    worst = sorted(record["kept_energy_by_module"].items(), key=lambda item: item[1])[:WORST]
+    rows = [(name, f"{kept:.3%}") for name, kept in worst]
+    headers = (f"LEAST KEPT OF {record['modules']} MODULES", "ENERGY")
+    return f"{facts}\n\n{table(headers, rows, 'no modules')}"
+
+
+def delta_block(result: DeltaInfo) -> str:
+    """What was written, and what it stands for."""
+    return block(
+        [
+            ("written", result.out),
+            ("digest", result.output_digest),
+            ("size", size(result.nbytes)),
+            ("stands for", f"{size(result.checkpoint_nbytes)} of weights"),
+            ("tensors", f"{result.tensors} differ from the base's"),
+        ]
+    )
 
 
 def checks_table(checks: Sequence[DoctorCheck]) -> str:

@@ -8,18 +8,19 @@ Both give the same bytes where both apply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from composer.deltas import BlockDelta, LoadedLowRank
+from composer.deltas_checkpoint import LoadedCheckpointDelta
 from composer.errors import NonFiniteError
 from composer.methods import BoundMethod
 from composer.product import Factors, add_product
 from composer.tensors import DTYPES
 
-__all__ = ["LoadedTerm", "Survival", "cast_block", "fusible", "merge_block", "merge_fused"]
+__all__ = ["LoadedTerm", "Survival", "cast_block", "fusible", "merge_block", "merge_fused", "restores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,22 @@ class Survival:
             self._exact[term] += factor * float(flat_exact @ flat)
             self._norm[term] += factor * float(flat @ flat)
 
+    def add_products(
+        self,
+        written: tuple[np.ndarray, np.ndarray],
+        exact: tuple[np.ndarray, np.ndarray],
+        deltas: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        """Account for one tensor whose changes are products left·right, by their factors: no product is formed.
+
+        written: what R is the product of; exact: D; deltas: one pair a term. ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂) ⊙ (R₁R₂ᵀ).
+        """
+        self._total_norm += _inner(exact, exact)
+        for term, delta in deltas.items():
+            self._written[term] += _inner(written, delta)
+            self._exact[term] += _inner(exact, delta)
+            self._norm[term] += _inner(delta, delta)
+
     def merge(self, other: Survival) -> None:
         """Add the sums of `other`, measured apart."""
         self._written += other._written
@@ -81,6 +98,11 @@ class Survival:
         return [float(norm) ** 0.5 for norm in self._norm]
 
 
+def _inner(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
+    (left, right), (left2, right2) = (tuple(side.astype(np.float64) for side in pair) for pair in (one, other))
+    return float(np.sum((left.T @ left2) * (right @ right2.T)))
+
+
 def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) -> bool:
     """Whether the one-pass kernel computes this tensor."""
     return (
@@ -88,6 +110,12 @@ def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) 
         and source == target == "BF16"
         and all(isinstance(term.delta, LoadedLowRank) and term.delta.copy is None for term in terms)
     )
+
+
+def restores(terms: Sequence[LoadedTerm], method: str) -> bool:
+    """Whether the result is one fine-tune's own tensor, whose bits base + (W' − W) in float32 would not always give."""
+    alone = len(terms) == 1 and terms[0].weight == 1.0 and method in ("linear", "cat")
+    return alone and isinstance(terms[0].delta, LoadedCheckpointDelta)
 
 
 def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name: str) -> np.ndarray:

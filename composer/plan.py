@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from composer.adapters import Adapter
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
+from composer.deltas_checkpoint import CheckpointDelta
 from composer.errors import (
     IncompatibleError,
     RecipeError,
@@ -100,6 +101,8 @@ class TensorJob:
     def streamed(self) -> bool:
         """Whether the factors are too large to hold at once: a linear sum then takes one adapter after another."""
         if self.method is None or self.method.name != "linear" or any(item.delta.whole for item in self.deltas):
+            return False
+        if any(isinstance(item.delta, CheckpointDelta) for item in self.deltas):
             return False
         return sum(map(_loaded_bytes, self.deltas)) > FACTOR_BYTES
 
@@ -209,7 +212,8 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
     touched = [*binding.names, *binding.names.values()]
     head = next((name for name in touched if name.endswith(OUTPUT_EMBEDDINGS)), None)
     embedding = next((name for name in touched if name.endswith(INPUT_EMBEDDINGS)), None)
-    if (head or embedding) and tied(checkpoint):
+    stored = getattr(term.adapter.kind, "stored_tensors", False)
+    if (head or embedding) and not stored and tied(checkpoint):
         raise TiedWeightsError(
             f"{term.label} changes {head or embedding}, which this base shares between embedding and output head",
             expected="an adapter that touches neither end, or a base with tie_word_embeddings false and both tensors",
@@ -367,6 +371,8 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
 
 
 def _loaded_bytes(item: WeightedDelta) -> int:
+    if isinstance(item.delta, CheckpointDelta):
+        return item.delta.loaded_bytes
     return sum(math.prod(source.shape) * 4 for source in item.delta.sources)
 
 

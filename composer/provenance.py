@@ -46,7 +46,8 @@ def composition_record(
         if term.weight and norm == 0 and index not in replacing:
             warnings.append(f"{term.label} changes nothing: its delta is zero")
         elif share is not None and share < LOW_SURVIVAL:
-            warnings.append(f"only {share:.0%} of {term.label} survives rounding: compose with --dtype fp16 or fp32")
+            remedy = "rounding: compose with --dtype fp16 or fp32" if plan.recipe.rank is None else "at this --rank"
+            warnings.append(f"only {share:.0%} of {term.label} survives {remedy}")
     record = {
         "schema": SCHEMA,
         "tool": {name: _version(name) for name in ("adapter-registry", "torch", "safetensors")},

@@ -66,6 +66,7 @@ class Export(StrEnum):
 
     SAFETENSORS = "safetensors"
     ONNX = "onnx"
+    PEFT = "peft"
 
 
 class Allow(StrEnum):
@@ -134,6 +135,7 @@ class Recipe(_Model):
     parameters: dict[str, Value] = Field(default_factory=dict)
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
     allow: Allow = Allow.SAME_VALUES
 
     def __str__(self) -> str:
@@ -162,6 +164,7 @@ def parse_recipe(
     parameters: Mapping[str, Value] | None = None,
     dtype: Dtype = Dtype.KEEP,
     export: Export = Export.SAFETENSORS,
+    rank: int | None = None,
     allow: Allow = Allow.SAME_VALUES,
 ) -> Recipe:
     """Parse ``base+adapter@version:weight+…``. Raises RecipeError that points at the part which is wrong."""
@@ -178,6 +181,7 @@ def parse_recipe(
         parameters=dict(parameters or {}),
         dtype=dtype,
         export=export,
+        rank=rank,
         allow=allow,
     )
 

@@ -20,9 +20,18 @@ from typing import Any, TypeVar
 import numpy as np
 
 from composer.checkpoint import INDEX
-from composer.exporters import find_exporter
+from composer.exporters import check_export, find_exporter, find_plan_exporter
 from composer.files import copy_names, read_json
-from composer.kernels import LoadedTerm, Survival, cast_block, check_overflow, fusible, merge_block, merge_fused
+from composer.kernels import (
+    LoadedTerm,
+    Survival,
+    cast_block,
+    check_overflow,
+    fusible,
+    merge_block,
+    merge_fused,
+    restores,
+)
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
@@ -65,15 +74,20 @@ def compose(
     Raises every TypedError of the steps; `out` is untouched then.
     """
     report = progress or (lambda step, done, total: None)
-    exporter = find_exporter(plan.recipe.export)
-    exporter.check(plan.checkpoint)
+    check_export(plan)
+    in_place = find_plan_exporter(plan.recipe.export)
     seconds: dict[str, float] = {}
     with FolderSink(out, replace=replace) as sink:
         started = time.perf_counter()
-        survival = run(plan, sink, report)
-        seconds["merge"] = time.perf_counter() - started
-        exported, export_seconds = exporter.export(sink, cache_dir, lambda step: report(step, 0, 0))
-        seconds.update(export_seconds)
+        if in_place is not None:
+            exported, survival = in_place.export_plan(plan, sink, inputs or {}, report)
+            seconds["export"] = time.perf_counter() - started
+        else:
+            survival = run(plan, sink, report)
+            seconds["merge"] = time.perf_counter() - started
+            exporter = find_exporter(plan.recipe.export)
+            exported, export_seconds = exporter.export(sink, cache_dir, lambda step: report(step, 0, 0))
+            seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         sink.commit()
@@ -165,6 +179,11 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
         result = cast_block(base, job.dtype, name)
     elif job.deltas[0].delta.replaces:
         result = cast_block(terms[0].delta.rows(start, stop, base.astype(np.float32)), job.dtype, name)
+    elif restores(terms, plan.recipe.method):
+        original = base.astype(np.float32)
+        new = terms[0].delta.restored(start, stop, original)
+        result = cast_block(new, job.dtype, name)
+        survival.add(result.astype(np.float32) - original, new - original, [(terms[0].term, new - original)])
     elif fusible(terms, plan.recipe.method, job.source.dtype, job.dtype):
         result = merge_fused(base, terms, start, name)
         _sample(job, plan, terms, base, result, start, survival)

@@ -6,6 +6,7 @@ What a service sends is checked: schemas, file names and the sha256 of every fil
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ from registry.schemas import (
     BaseInfo,
     CompatibleAdapter,
     CompositionInfo,
+    ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     JobInfo,
     JobState,
@@ -228,6 +231,50 @@ class RemoteRegistry:
             sink.commit()
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
+
+    def extract(
+        self,
+        finetune: str,
+        base: str,
+        out: Path,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        ignore_rest: bool = False,
+        progress: Progress | None = None,
+    ) -> ConversionInfo:
+        """Not over REST: the weights of both would have to come here first."""
+        raise self._only_here("a LoRA is extracted")
+
+    def make_delta(self, finetune: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Not over REST, as `extract`."""
+        raise self._only_here("a delta is made")
+
+    def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Not over REST, as `extract`."""
+        raise self._only_here("a checkpoint is restored")
+
+    def _only_here(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} where the checkpoints lie",
+            expected="a registry on this machine",
+            found=self.url,
+            remedy="leave --url out and give folders; publish and pull adapters with --url",
+        )
+
+    def resize(self, ref: str, out: Path, *, rank: int | None = None, energy: float | None = None) -> ConversionInfo:
+        """A folder as it is, a name after it was pulled; the work is done here."""
+        from registry.services.conversions import resize_folder
+
+        if is_path(ref):
+            return resize_folder(Path(ref).expanduser(), out, rank, energy)
+        with tempfile.TemporaryDirectory() as folder:
+            info = self.pull(ref, Path(folder) / "adapter")
+            known = {
+                "adapter": {"ref": f"{info.name}@{info.version}", "digest": info.digest},
+                "base": {"fingerprint": info.base_fingerprint},
+            }
+            return resize_folder(Path(folder) / "adapter", out, rank, energy, known)
 
     def inspect(self, ref: str) -> dict[str, Any]:
         """A folder is inspected here; a name on the service, where bases come first."""

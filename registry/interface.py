@@ -15,6 +15,8 @@ from registry.schemas import (
     BaseInfo,
     CompatibleAdapter,
     CompositionInfo,
+    ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     Level,
     Page,
@@ -126,6 +128,35 @@ class Registry(Protocol):
         self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
     ) -> CompositionInfo:
         """Compose into the new folder `out`."""
+        ...
+
+    def extract(
+        self,
+        finetune: str,
+        base: str,
+        out: Path,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        ignore_rest: bool = False,
+        progress: Progress | None = None,
+    ) -> ConversionInfo:
+        """Write the new folder `out`: a LoRA of what `finetune` changed in `base`, at a rank or a share of the energy.
+
+        Both are registered bases or folders; `ignore_rest` leaves out what is no linear weight.
+        """
+        ...
+
+    def resize(self, ref: str, out: Path, *, rank: int | None = None, energy: float | None = None) -> ConversionInfo:
+        """Write the new folder `out`: an adapter (name or folder) at another rank or a share of the energy."""
+        ...
+
+    def make_delta(self, finetune: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Write the new folder `out`: an adapter that is the exact difference of two bases or checkpoint folders."""
+        ...
+
+    def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        """Write the new folder `out`: the checkpoint that such an adapter (name or folder) was made of, every byte."""
         ...
 
     def inspect(self, ref: str) -> dict[str, Any]:

@@ -221,6 +221,26 @@ class CompositionInfo(Schema):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
+class ConversionInfo(Schema):
+    """A LoRA that was extracted or resized."""
+
+    out: str
+    output_digest: str
+    nbytes: int
+    kept_energy: float = Field(description="share of the sum of squared singular values, over all modules")
+    record: dict[str, Any] = Field(description="provenance.json")
+
+
+class DeltaInfo(Schema):
+    """A fine-tune stored as a delta, or restored from one."""
+
+    out: str
+    output_digest: str
+    nbytes: int = Field(description="of the files written")
+    checkpoint_nbytes: int = Field(description="of the weights that the delta stands for")
+    tensors: int = Field(description="how many tensors differ from the base's")
+
+
 class JobInfo(Schema):
     """A compose that runs on the service."""
 

@@ -2,19 +2,24 @@
 
 safetensors   the checkpoint itself
 onnx          the checkpoint and a graph whose weights lie in its safetensors files
+peft          a LoRA in place of the checkpoint
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from composer.checkpoint import Checkpoint
+from composer.errors import RecipeError
+from composer.exporters.peft import PeftExporter
+from composer.kernels import Survival
+from composer.plan import Plan
 from composer.sinks import FolderSink
 
-__all__ = ["Exporter", "find_exporter"]
+__all__ = ["Exporter", "PlanExporter", "check_export", "find_exporter", "find_plan_exporter"]
 
 
 class Exporter(Protocol):
@@ -28,6 +33,24 @@ class Exporter(Protocol):
         self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Add files to the sink. Returns the facts for composition.json, and seconds by step."""
+        ...
+
+
+class PlanExporter(Protocol):
+    """Writes files of its own in place of the merged weights."""
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise before anything is written when this plan cannot become the target."""
+        ...
+
+    def plan_files(self, plan: Plan) -> dict[str, int]:
+        """The large files that it will write, and at most how many bytes each."""
+        ...
+
+    def export_plan(
+        self, plan: Plan, sink: FolderSink, inputs: Mapping[str, Any], progress: Callable[[str, int, int], None]
+    ) -> tuple[dict[str, Any], Survival]:
+        """Write every file. Returns the facts for composition.json, and how much of each adapter is left."""
         ...
 
 
@@ -71,9 +94,31 @@ class OnnxExporter:
         return {"format": "onnx", **facts}, seconds
 
 
+PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}
 EXPORTERS: dict[str, Exporter] = {"safetensors": SafetensorsExporter(), "onnx": OnnxExporter()}
 
 
 def find_exporter(name: str) -> Exporter:
     """The exporter of that name."""
     return EXPORTERS[name]
+
+
+def find_plan_exporter(name: str) -> PlanExporter | None:
+    """The exporter of that name, if it takes the place of the merge."""
+    return PLAN_EXPORTERS.get(name)
+
+
+def check_export(plan: Plan) -> None:
+    """Raise before anything is written when this plan cannot be exported as its recipe says."""
+    in_place = find_plan_exporter(plan.recipe.export)
+    if plan.recipe.rank is not None and in_place is None:
+        raise RecipeError(
+            f"a rank belongs to a LoRA, not to the export {plan.recipe.export.value!r}",
+            expected="export peft",
+            found={"export": plan.recipe.export.value, "rank": plan.recipe.rank},
+            remedy="leave the rank out, or export peft; merged weights of a low rank: --method svd -p rank=N",
+        )
+    if in_place is not None:
+        in_place.check_plan(plan)
+    else:
+        find_exporter(plan.recipe.export).check(plan.checkpoint)

@@ -196,6 +196,11 @@ class BoundMethod:
         result = self.method.function(loaded if self.method.factors else deltas, weights, **options)
         return product(*result) if isinstance(result, tuple) else result
 
+    def pair(self, loaded: Sequence[Any], weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Of a method on factors: float32 left [rows, r] and right [r, columns] whose product is the combination."""
+        left, right = self.method.function(loaded, weights, **self._tuning)
+        return left, right
+
     def _generator(self, index: int, skip: int) -> np.random.Generator:
         """The stream of the delta at `index` among those of this tensor, moved on by `skip` float64 numbers.
 

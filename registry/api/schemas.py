@@ -31,6 +31,7 @@ class RecipeRequest(_Request):
     parameters: dict[str, Value] = Field(default_factory=dict, description="of the method, by name")
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
     allow: Allow = Allow.SAME_VALUES
 
 
@@ -48,7 +49,7 @@ class Health(BaseModel):
     version: str
 
 
-SETTINGS = ("method", "parameters", "dtype", "export", "allow")
+SETTINGS = ("method", "parameters", "dtype", "export", "rank", "allow")
 
 
 def to_recipe(body: RecipeRequest | Recipe) -> Recipe:

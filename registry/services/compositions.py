@@ -21,7 +21,7 @@ import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import TypedError, WeakCompatibilityError
-from composer.exporters import find_exporter
+from composer.exporters import check_export, find_plan_exporter
 from composer.files import copy_names, read_json, sha256_file
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
@@ -136,11 +136,17 @@ class Compositions:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
         resolved = self.resolve(recipe)
         plan = self._plan(resolved)
-        find_exporter(recipe.export).check(plan.checkpoint)
+        check_export(plan)
+        in_place = find_plan_exporter(recipe.export)
         per_term = [
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
-        companions = {name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)}
+        files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
+        companions = (
+            {}
+            if in_place
+            else {name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)}
+        )
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -161,9 +167,9 @@ class Compositions:
             warnings=tuple(resolved.warnings),
             touched=plan.touched,
             total=len(plan.jobs),
-            nbytes=plan.nbytes,
+            nbytes=sum(files.values()),
             peak_bytes=plan.peak_bytes,
-            files={**{shard.name: shard.nbytes for shard in plan.shards}, **companions},
+            files={**files, **companions},
         )
 
     def compose(self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None) -> CompositionInfo:

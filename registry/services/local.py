@@ -18,6 +18,8 @@ from registry.schemas import (
     BaseInfo,
     CompatibleAdapter,
     CompositionInfo,
+    ConversionInfo,
+    DeltaInfo,
     DoctorCheck,
     Level,
     Page,
@@ -29,6 +31,7 @@ from registry.schemas import (
 )
 from registry.services.catalogue import Catalogue
 from registry.services.compositions import Compositions
+from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.inspection import Inspection
 from registry.services.publishing import Publishing
@@ -58,6 +61,7 @@ class LocalRegistry:
         self._catalogue = Catalogue(self.engine)
         self._publishing = Publishing(self.engine, self.store)
         self._compositions = Compositions(self.engine, self.store, layout)
+        self._conversions = Conversions(self.engine, self.store, self._compositions)
         self._inspection = Inspection(self.engine, self.store)
 
     @property
@@ -155,6 +159,28 @@ class LocalRegistry:
         self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
     ) -> CompositionInfo:
         return self._compositions.compose(recipe, out, replace, progress)
+
+    def extract(
+        self,
+        finetune: str,
+        base: str,
+        out: Path,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        ignore_rest: bool = False,
+        progress: Progress | None = None,
+    ) -> ConversionInfo:
+        return self._conversions.extract(finetune, base, out, rank, energy, ignore_rest, progress)
+
+    def resize(self, ref: str, out: Path, *, rank: int | None = None, energy: float | None = None) -> ConversionInfo:
+        return self._conversions.resize(ref, out, rank, energy)
+
+    def make_delta(self, finetune: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        return self._conversions.make_delta(finetune, base, out, progress)
+
+    def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
+        return self._conversions.restore_delta(ref, base, out, progress)
 
     def inspect(self, ref: str) -> dict[str, Any]:
         return self._inspection.inspect(ref)

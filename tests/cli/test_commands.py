@@ -193,3 +193,17 @@ def test_every_command_works_through_a_service(run: Any, service: str, tiny_llam
     run("doctor", *remote)
     run("show", "team/nobody", *remote, code=3)
     run("compose", f"{tiny_llama}+team/shout", *remote, code=6)
+
+
+def test_undo_gives_the_base_back(published: Any, service: str, tiny_llama: Path) -> None:
+    """Here and through a service; an adapter that is no part of it is not found."""
+    from tests.support import read_tensors
+
+    published("compose", "tiny+team/shout", "-o", "composed")
+    published("undo", "composed", "-o", "back")
+    published("--url", service, "undo", "composed", "-o", "remote")
+    expected = read_tensors(tiny_llama)
+    for out in ("back", "remote"):
+        found = read_tensors(Path(out))
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    published("undo", "composed", "--adapter", "team/none", "-o", "never", code=3)
