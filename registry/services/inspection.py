@@ -78,6 +78,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     signature = adapter.signature
     return {
         "kind": signature.kind,
+        "format": adapter.format,
         "rank": signature.rank,
         "alpha": signature.alpha,
         "target_modules": list(signature.target_modules),

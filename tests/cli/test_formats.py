@@ -1,0 +1,58 @@
+"""Adapters of other tools through the commands: published, inspected, planned, composed, pulled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from composer.tensors import read_header
+from tests.support import write_tensors
+
+
+def as_mlx(lora: Path, folder: Path) -> Path:
+    """A LoRA of PEFT as mlx-lm would have saved it."""
+    config = json.loads((lora / "adapter_config.json").read_text())
+    tensors = {}
+    for name, spec in read_header(lora / "adapter_model.safetensors").tensors.items():
+        module, side = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        tensors[f"{module}.{side.lower()}"] = np.ascontiguousarray(spec.read().T)
+    write_tensors(folder / "adapters.safetensors", tensors)
+    scale = config["lora_alpha"] / config["r"]
+    fields = {"fine_tune_type": "lora", "lora_parameters": {"rank": config["r"], "scale": scale, "dropout": 0.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+CONVERTERS = {"MLX": as_mlx}
+
+
+@pytest.mark.parametrize("format", sorted(CONVERTERS))
+def test_a_foreign_adapter_goes_through_every_command(
+    run: Any, tiny_llama: Path, tiny_lora: Path, tmp_path: Path, format: str
+) -> None:
+    """The composed weights are those of its PEFT twin, and pull gives back the published bytes."""
+    foreign = CONVERTERS[format](tiny_lora, tmp_path / "foreign")
+    (foreign / "scratch.bin").write_bytes(b"not part of the adapter")
+    run("base", "add", tiny_llama, "--name", "tiny")
+    run("publish", foreign, "--name", "team/foreign", "--version", "1.0.0", "--base", "tiny")
+    run("publish", tiny_lora, "--name", "team/twin", "--version", "1.0.0", "--base", "tiny")
+    facts = json.loads(run("inspect", "team/foreign", "--format", "json").stdout)
+    twin = json.loads(run("inspect", "team/twin", "--format", "json").stdout)
+    assert (facts["format"], twin["format"]) == (format, "PEFT")
+    same = ("kind", "rank", "alpha", "target_modules", "parameters", "tensors")
+    assert [facts[field] for field in same] == [twin[field] for field in same]
+    assert json.loads(run("inspect", foreign, "--format", "json").stdout)["format"] == format
+    assert run("check", "team/foreign", "tiny", "--format", "quiet").stdout.split() == ["exact"]
+    assert json.loads(run("plan", "tiny+team/foreign:0.5", "--format", "json").stdout)["accepted"]
+    for name in ("foreign", "twin"):
+        run("compose", f"tiny+team/{name}:0.5", "-o", f"out-{name}")
+    weights = "model.safetensors"
+    assert (Path("out-foreign") / weights).read_bytes() == (Path("out-twin") / weights).read_bytes()
+    assert (Path("out-foreign") / weights).read_bytes() != (tiny_llama / weights).read_bytes()
+    run("pull", "team/foreign@1.0.0")
+    pulled = {path.name: path.read_bytes() for path in Path("foreign").iterdir()}
+    assert pulled == {path.name: path.read_bytes() for path in foreign.iterdir() if path.name != "scratch.bin"}
