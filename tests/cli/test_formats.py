@@ -27,7 +27,21 @@ def as_mlx(lora: Path, folder: Path) -> Path:
     return folder
 
 
-CONVERTERS = {"MLX": as_mlx}
+def as_adapterhub(lora: Path, folder: Path) -> Path:
+    """A LoRA of PEFT as AdapterHub's library would have saved it."""
+    config = json.loads((lora / "adapter_config.json").read_text())
+    tensors = {}
+    for name, spec in read_header(lora / "adapter_model.safetensors").tensors.items():
+        module, side = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        tensors[f"{module}.loras.task.{side}"] = spec.read()
+    write_tensors(folder / "adapter.safetensors", tensors)
+    method = {"architecture": "lora", "r": config["r"], "alpha": config["lora_alpha"], "composition_mode": "add"}
+    fields = {"config": method, "model_type": "llama", "model_name": "org/llama", "name": "task"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+CONVERTERS = {"AdapterHub": as_adapterhub, "MLX": as_mlx}
 
 
 @pytest.mark.parametrize("format", sorted(CONVERTERS))
