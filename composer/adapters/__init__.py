@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from composer.deltas import Delta
 from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
@@ -87,6 +88,16 @@ class Mismatch:
             return f"{self.parameter}: the base has no such tensor"
         expected = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected)
         return f"{self.parameter}: the adapter expects [{expected}], the base has {list(self.found)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ambiguity(Mismatch):
+    """A parameter of the adapter that may be any of several base tensors."""
+
+    candidates: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.parameter}: ambiguous, it may be {' or '.join(self.candidates)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +250,8 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
     A trainer saves ``model.layers.0…`` or ``bert.encoder…`` as its class nests modules; a checkpoint saved without
     its head lacks that prefix, one saved inside a wrapper has one more. One prefix rule must hold for all targets.
     """
+    if any(FLATTENED.fullmatch(target.parameter) for target in targets):
+        return _bind_flattened(targets, shapes)
     best: Binding | None = None
     for rename in _prefix_rules(targets, shapes):
         names = {target.parameter: rename(target.parameter) for target in targets}
@@ -252,6 +265,38 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
         if best is None or len(mismatches) < len(best.mismatches):
             best = Binding(names, mismatches)
     return best or Binding()
+
+
+def _bind_flattened(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Match names without dots; those that two base tensors answer to are mismatches."""
+    ways = flattened_candidates([target.parameter for target in targets], shapes)
+    bindings = [_bind_way(targets, shapes, way) for way in ways]
+    if not bindings[0].mismatches or any(isinstance(found, Ambiguity) for found in bindings[0].mismatches):
+        return bindings[0]
+    complete = [binding for binding in bindings if not binding.mismatches]
+    if not complete:
+        return min(bindings, key=lambda binding: len(binding.mismatches))
+    if all(binding.names == complete[0].names for binding in complete):
+        return complete[0]
+    found = {target: tuple(sorted({binding.names[target.parameter] for binding in complete})) for target in targets}
+    ambiguous = (Ambiguity(t.parameter, t.shape, None, names) for t, names in found.items() if len(names) > 1)
+    return Binding(complete[0].names, tuple(ambiguous))
+
+
+def _bind_way(
+    targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]], way: Mapping[str, tuple[str, ...]]
+) -> Binding:
+    names: dict[str, str] = {}
+    mismatches: list[Mismatch] = []
+    for target in targets:
+        candidates = way[target.parameter]
+        names[target.parameter] = candidates[0] if candidates else target.parameter
+        found = shapes.get(names[target.parameter])
+        if len(candidates) > 1:
+            mismatches.append(Ambiguity(target.parameter, target.shape, found, candidates))
+        elif not target.fits(found):
+            mismatches.append(Mismatch(target.parameter, target.shape, found))
+    return Binding(names, tuple(mismatches))
 
 
 def bind_optional(binding: Binding, optional: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
