@@ -22,15 +22,23 @@ from composer.files import FileSet, refuse_pickles
 from composer.tensors import DTYPES, SafetensorsHeader, TensorSpec
 
 __all__ = [
+    "PEFT_LAYOUT",
     "AdapterFormat",
     "TransposedSpec",
     "View",
     "adapter_format",
+    "damaged",
     "find_format",
     "formats",
+    "is_number",
+    "is_rank",
+    "readable",
+    "refuse",
     "renamed",
     "require_weights",
     "transposed",
+    "view_header",
+    "weight_files",
 ]
 
 PEFT_LAYOUT = "adapter_config.json with peft_type, adapter_model.safetensors"
@@ -137,6 +145,11 @@ def require_weights(files: FileSet, name: str, tool: str) -> None:
         found=", ".join(list(files)[:8]),
         remedy=f"save the adapter with {tool}, as safetensors",
     )
+
+
+def weight_files(files: FileSet) -> list[str]:
+    """The safetensors files at the top of the folder."""
+    return [name for name in files if name.endswith(".safetensors") and "/" not in name]
 
 
 def is_number(value: Any) -> bool:

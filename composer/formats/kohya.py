@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from composer.files import FileSet
-from composer.formats import View, adapter_format, damaged, is_number, refuse, renamed, view_header
+from composer.formats import View, adapter_format, damaged, is_number, refuse, renamed, view_header, weight_files
 from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec, read_header
 
 __all__ = ["Kohya"]
@@ -50,7 +50,7 @@ class Kohya:
 
     def recognises(self, files: FileSet, config: Mapping[str, Any] | None) -> bool:
         """By the names in the only safetensors file of a folder without configs."""
-        weights = _weights(files)
+        weights = weight_files(files)
         if config is not None or "config.json" in files or len(weights) != 1:
             return False
         return any(NAME.fullmatch(name) for name in read_header(files[weights[0]]).tensors)
@@ -61,7 +61,7 @@ class Kohya:
         Raises UnsupportedAdapterError for image models, several text models or kinds in one file, and magnitudes of
         inputs; CorruptFileError for tensors that are not this format's.
         """
-        name = _weights(files)[0]
+        name = weight_files(files)[0]
         header = read_header(files[name])
         modules = _modules(header)
         kind = _kind(modules)
@@ -79,10 +79,6 @@ class Kohya:
         }
         specs = [spec for flat, parts in modules.items() for spec in _specs(flat, parts, kind)]
         return View(peft, view_header(header, specs), (name,))
-
-
-def _weights(files: FileSet) -> list[str]:
-    return [name for name in files if name.endswith(".safetensors") and "/" not in name]
 
 
 def _modules(header: SafetensorsHeader) -> Modules:

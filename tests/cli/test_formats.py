@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from composer.formats import formats
 from composer.tensors import read_header
 from tests.support import write_tensors
 
@@ -55,7 +56,29 @@ def as_kohya(lora: Path, folder: Path) -> Path:
     return folder
 
 
-CONVERTERS = {"AdapterHub": as_adapterhub, "MLX": as_mlx, "kohya-ss / LyCORIS": as_kohya}
+def as_diffusers(lora: Path, folder: Path) -> Path:
+    """A LoRA of PEFT as diffusers would have saved it for a pipeline's text encoder."""
+    config = json.loads((lora / "adapter_config.json").read_text())
+    metadata = {f"text_encoder.{key}": config[key] for key in ("r", "lora_alpha")}
+    tensors = {
+        name.replace("base_model.model.", "text_encoder."): spec.read()
+        for name, spec in read_header(lora / "adapter_model.safetensors").tensors.items()
+    }
+    write_tensors(folder / "pytorch_lora_weights.safetensors", tensors, {"lora_adapter_metadata": json.dumps(metadata)})
+    return folder
+
+
+CONVERTERS = {
+    "AdapterHub": as_adapterhub,
+    "MLX": as_mlx,
+    "diffusers": as_diffusers,
+    "kohya-ss / LyCORIS": as_kohya,
+}
+
+
+def test_every_format_goes_through_the_commands() -> None:
+    """A format added without a converter here fails."""
+    assert set(CONVERTERS) == set(formats())
 
 
 @pytest.mark.parametrize("format", sorted(CONVERTERS))
