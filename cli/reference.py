@@ -22,8 +22,17 @@ def render() -> str:
     ]
     for path, text in _helps(cli, None, "registry"):
         parts.append(f"## {path}\n\n```\n{text}\n```")
-    parts += ["## Adapter kinds", _kinds(), "## Merge methods", _methods()]
+    parts += ["## Adapter formats", _formats(), "## Adapter kinds", _kinds(), "## Merge methods", _methods()]
     return "\n\n".join(parts) + "\n"
+
+
+def _formats() -> str:
+    """A table of the tools whose folders are read, and the files that show it."""
+    from composer.formats import PEFT_LAYOUT, formats
+
+    lines = ["| saved by | files |", "|---|---|", f"| PEFT | {PEFT_LAYOUT} |"]
+    lines += [f"| {name} | {found.layout} |" for name, found in sorted(formats().items())]
+    return "\n".join(lines)
 
 
 def _kinds() -> str:

@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 from composer.deltas import Delta
 from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.flattened import FLATTENED, flattened_candidates
+from composer.formats import View, find_format, readable
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
 __all__ = [
@@ -38,7 +40,6 @@ __all__ = [
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
-ALTERNATIVE_WEIGHTS = ("adapter.safetensors", "adapters.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,16 @@ class Mismatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Ambiguity(Mismatch):
+    """A parameter of the adapter that may be any of several base tensors."""
+
+    candidates: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.parameter}: ambiguous, it may be {' or '.join(self.candidates)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """A signature resolved against one base: adapter parameter name to base tensor name."""
 
@@ -119,13 +130,19 @@ class AdapterKind(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter, opened by its header only."""
+    """One adapter, opened by its header only.
+
+    `config` and `header` are in PEFT's terms whatever tool saved it; `format` names the tool's format, and `stored`
+    the files of the folder that hold the adapter itself.
+    """
 
     kind: AdapterKind
     config: dict[str, Any]
     header: SafetensorsHeader
     files: FileSet
     signature: Signature
+    format: str = "PEFT"
+    stored: tuple[str, ...] = (CONFIG, WEIGHTS)
 
     @property
     def base_name(self) -> str | None:
@@ -163,27 +180,46 @@ def kinds() -> dict[str, AdapterKind]:
 
 
 def open_adapter(source: Path | FileSet) -> Adapter:
-    """Open a PEFT adapter folder (or a mapping of file names to paths), reading headers only.
+    """Open an adapter folder (or a mapping of file names to paths) of any readable format, reading headers only.
 
     Raises NotFoundError, UnsafeFormatError (pickle), CorruptFileError, UnknownAdapterTypeError or
     UnsupportedAdapterError.
     """
     files = folder_files(source) if isinstance(source, Path) else source
     where = str(source) if isinstance(source, Path) else "the adapter"
-    if CONFIG not in files:
+    config = read_json(files[CONFIG]) if CONFIG in files else None
+    found = find_format(files, config)
+    if found is not None:
+        view = found.read(files, config)
+    elif config is not None:
+        _find_kind(config)  # an unknown kind is named before its weights are asked for
+        view = _peft_view(where, files, config)
+    else:
         raise NotFoundError(
             f"{where} has no {CONFIG}",
-            expected=f"{CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
+            expected=readable(),
             found=", ".join(list(files)[:8]) or "an empty folder",
             remedy="a base model goes to 'registry base add'" if "config.json" in files else "check the path",
         )
-    config = read_json(files[CONFIG])
-    named = config.get("base_model_name_or_path")
+    named = view.config.get("base_model_name_or_path")
     if named is not None and not isinstance(named, str):
         raise CorruptFileError(
-            f"{CONFIG}: base_model_name_or_path is not a text", expected="a name", found=named, remedy="correct it"
+            f"{CONFIG}: the name of the base is not a text", expected="a name", found=named, remedy="correct it"
         )
-    kind = _find_kind(config)
+    if not view.header.tensors:
+        raise CorruptFileError(
+            f"{view.header.path.name} holds no tensors",
+            expected="the adapter's weights",
+            found="none",
+            remedy="save it again",
+        )
+    kind = _find_kind(view.config)
+    kind.check(view.config, view.header)
+    signature = kind.signature(view.config, view.header)
+    return Adapter(kind, view.config, view.header, files, signature, found.name if found else "PEFT", view.stored)
+
+
+def _peft_view(where: str, files: FileSet, config: dict[str, Any]) -> View:
     if WEIGHTS not in files:
         refuse_pickles(files, WEIGHTS)
         raise NotFoundError(
@@ -192,13 +228,7 @@ def open_adapter(source: Path | FileSet) -> Adapter:
             found=", ".join(list(files)[:8]),
             remedy="save the adapter with PEFT's save_pretrained",
         )
-    header = read_header(files[WEIGHTS])
-    if not header.tensors:
-        raise CorruptFileError(
-            f"{WEIGHTS} holds no tensors", expected="the adapter's weights", found="none", remedy="save it again"
-        )
-    kind.check(config, header)
-    return Adapter(kind, config, header, files, kind.signature(config, header))
+    return View(config, read_header(files[WEIGHTS]), (CONFIG, WEIGHTS))
 
 
 def _find_kind(config: dict[str, Any]) -> AdapterKind:
@@ -208,10 +238,10 @@ def _find_kind(config: dict[str, Any]) -> AdapterKind:
             return kind
     known = sorted(name for kind in kinds().values() for name in kind.peft_types)
     raise UnknownAdapterTypeError(
-        f"adapters of type {found!r} cannot be read",
-        expected=f"peft_type of {', '.join(known)}",
+        f"adapters of type {found!r} cannot be read; these formats can: {readable()}",
+        expected=f"peft_type of {', '.join(known)}, or another format: {readable()}",
         found=found,
-        remedy="publish one of these kinds; an adapter of another tool must be converted to PEFT's format first",
+        remedy="publish one of these; an adapter of another tool must be converted first",
     )
 
 
@@ -221,6 +251,8 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
     A trainer saves ``model.layers.0…`` or ``bert.encoder…`` as its class nests modules; a checkpoint saved without
     its head lacks that prefix, one saved inside a wrapper has one more. One prefix rule must hold for all targets.
     """
+    if any(FLATTENED.fullmatch(target.parameter) for target in targets):
+        return _bind_flattened(targets, shapes)
     best: Binding | None = None
     for rename in _prefix_rules(targets, shapes):
         names = {target.parameter: rename(target.parameter) for target in targets}
@@ -234,6 +266,38 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
         if best is None or len(mismatches) < len(best.mismatches):
             best = Binding(names, mismatches)
     return best or Binding()
+
+
+def _bind_flattened(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Match names without dots; those that two base tensors answer to are mismatches."""
+    ways = flattened_candidates([target.parameter for target in targets], shapes)
+    bindings = [_bind_way(targets, shapes, way) for way in ways]
+    if not bindings[0].mismatches or any(isinstance(found, Ambiguity) for found in bindings[0].mismatches):
+        return bindings[0]
+    complete = [binding for binding in bindings if not binding.mismatches]
+    if not complete:
+        return min(bindings, key=lambda binding: len(binding.mismatches))
+    if all(binding.names == complete[0].names for binding in complete):
+        return complete[0]
+    found = {target: tuple(sorted({binding.names[target.parameter] for binding in complete})) for target in targets}
+    ambiguous = (Ambiguity(t.parameter, t.shape, None, names) for t, names in found.items() if len(names) > 1)
+    return Binding(complete[0].names, tuple(ambiguous))
+
+
+def _bind_way(
+    targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]], way: Mapping[str, tuple[str, ...]]
+) -> Binding:
+    names: dict[str, str] = {}
+    mismatches: list[Mismatch] = []
+    for target in targets:
+        candidates = way[target.parameter]
+        names[target.parameter] = candidates[0] if candidates else target.parameter
+        found = shapes.get(names[target.parameter])
+        if len(candidates) > 1:
+            mismatches.append(Ambiguity(target.parameter, target.shape, found, candidates))
+        elif not target.fits(found):
+            mismatches.append(Mismatch(target.parameter, target.shape, found))
+    return Binding(names, tuple(mismatches))
 
 
 def bind_optional(binding: Binding, optional: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:

@@ -10,6 +10,7 @@ from sqlalchemy import Engine, select
 from composer.adapters import CONFIG, Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.files import folder_files, read_json, sha256_file
+from composer.formats import find_format
 from composer.recipe import is_path, split_reference
 from composer.tensors import TensorSpec
 from registry.db import session_scope
@@ -53,7 +54,7 @@ class Inspection:
 def inspect_folder(folder: Path) -> dict[str, Any]:
     """An adapter, a composed model (its outputs are hashed and compared) or a checkpoint."""
     files = folder_files(folder)
-    if CONFIG in files:
+    if CONFIG in files or find_format(files, None) is not None:
         return {"type": "adapter", "path": str(folder), **_adapter(open_adapter(files))}
     facts = _checkpoint(open_checkpoint(files))
     if "composition.json" not in files:
@@ -78,6 +79,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     signature = adapter.signature
     return {
         "kind": signature.kind,
+        "format": adapter.format,
         "rank": signature.rank,
         "alpha": signature.alpha,
         "target_modules": list(signature.target_modules),

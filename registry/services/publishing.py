@@ -16,7 +16,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 from sqlalchemy.orm import Session
 
-from composer.adapters import CONFIG, WEIGHTS, Adapter, open_adapter
+from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import sha256_file
@@ -56,7 +56,7 @@ def publishable_files(adapter: Adapter) -> dict[str, Path]:
     return {
         name: path
         for name, path in adapter.files.items()
-        if name in (CONFIG, WEIGHTS) or ("/" not in name and EXTRA_FILES.fullmatch(name))
+        if name in adapter.stored or ("/" not in name and EXTRA_FILES.fullmatch(name))
     }
 
 
