@@ -320,3 +320,27 @@ def test_the_same_recipe_gives_the_same_bytes(bases: Any, tmp_path: Path) -> Non
         compose(plan_of(base, adapters, rank=3), tmp_path / out)
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
+def test_adalora_becomes_a_plain_lora(bases: Any, tmp_path: Path) -> None:
+    """Its singular values go into the factors, in the export and in a resize; PEFT's AdaLoRA is the oracle."""
+    import peft
+    import transformers
+
+    from composer.resize import resize_lora
+
+    base = bases("llama")
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adalora")
+    expected = logits(loaded(base, tmp_path / "adalora"))
+    compose(plan_of(base, [(tmp_path / "adalora", 1.0)]), tmp_path / "out")
+    resize_lora(open_adapter(tmp_path / "adalora"), tmp_path / "resized", rank=8)
+    for out in ("out", "resized"):
+        torch.testing.assert_close(logits(loaded(base, tmp_path / out)), expected, rtol=0, atol=1e-5)
+    assert (expected - logits(loaded(base))).abs().max() > 1e-3
