@@ -150,7 +150,8 @@ def read_header(path: Path) -> SafetensorsHeader:
         raise _corrupt(path, "a JSON header", f"{type(error).__name__}: {error}") from None
     if not isinstance(entries, dict) or raw[:1] != b"{":
         raise _corrupt(path, "a JSON object as header", type(entries).__name__)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null; the reference reader takes it for none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "__metadata__ that maps strings to strings", metadata)
     specs = sorted(

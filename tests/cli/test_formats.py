@@ -107,3 +107,18 @@ def test_a_foreign_adapter_goes_through_every_command(
     run("pull", "team/foreign@1.0.0")
     pulled = {path.name: path.read_bytes() for path in Path("foreign").iterdir()}
     assert pulled == {path.name: path.read_bytes() for path in foreign.iterdir() if path.name != "scratch.bin"}
+
+
+@pytest.mark.parametrize("format", sorted(CONVERTERS))
+def test_a_foreign_adapter_is_uploaded_and_pulled_unchanged(
+    run: Any, service: str, tiny_llama: Path, tiny_lora: Path, tmp_path: Path, format: str
+) -> None:
+    """The service reads the upload as the client read the folder, and gives back the same files."""
+    foreign = CONVERTERS[format](tiny_lora, tmp_path / "foreign")
+    remote = ("--url", service)
+    run(*remote, "base", "add", tiny_llama, "--name", "tiny")
+    run(*remote, "publish", foreign, "--name", "team/foreign", "--base", "tiny")
+    assert run(*remote, "check", "team/foreign", "tiny", "--format", "quiet").stdout.split() == ["exact"]
+    run(*remote, "pull", "team/foreign", "-o", "pulled")
+    pulled = {path.name: path.read_bytes() for path in Path("pulled").iterdir()}
+    assert pulled == {path.name: path.read_bytes() for path in foreign.iterdir()}

@@ -18,7 +18,15 @@ from composer.errors import (
     UnknownAdapterTypeError,
     UnsupportedAdapterError,
 )
-from tests.support import compose_folders, plan_folders, read_tensors, weight_bytes, write_base, write_tensors
+from tests.support import (
+    compose_folders,
+    plan_folders,
+    read_tensors,
+    weight_bytes,
+    write_base,
+    write_raw,
+    write_tensors,
+)
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (6, 6), "model.layers.0.mlp.down_proj": (6, 10)}
 EMBEDDING = "model.embed_tokens"
@@ -221,3 +229,17 @@ def test_an_unknown_folder_is_told_what_can_be_read(tmp_path: Path) -> None:
     for name in ("PEFT", *formats()):
         assert name in unknown.value.message
         assert name in missing.value.expected
+
+
+def test_the_null_metadata_that_mlx_writes_is_none(tmp_path: Path) -> None:
+    """mx.save_safetensors without metadata writes "__metadata__": null, which the reference reader accepts too."""
+    from safetensors.numpy import load_file
+
+    folder = write_mlx(tmp_path / "mlx", mlx_tensors())
+    path = folder / "adapters.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = {"__metadata__": None, **json.loads(raw[8 : 8 + length])}
+    write_raw(path, header, raw[8 + length :])
+    assert open_adapter(folder).header.metadata == {}
+    assert set(load_file(path)) == set(mlx_tensors())
