@@ -2,7 +2,8 @@
 
 config.json
 model.safetensors                                     one file, or
-model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them
+model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them, or
+NAME.gguf                                             llama.cpp's, beside the config.json of the same model
 
 A quantised checkpoint stores several tensors a layer; `tensors` has one float tensor for them (composer.quantised).
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError, UnsupportedQuantisationError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.gguf import read_gguf
 from composer.quantised import QuantisedTensor, Scheme, find_scheme, logical_tensors
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
@@ -99,7 +101,10 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
             found=config["auto_map"],
             remedy="convert the model to an architecture that transformers has built in",
         )
-    headers = {name: read_header(files[name]) for name in _shard_names(files, where)}
+    if found := _gguf_name(files):
+        headers, config = _open_gguf(files[found], config)
+    else:
+        headers = {name: read_header(files[name]) for name in _shard_names(files, where)}
     stored: dict[str, TensorSpec] = {}
     for shard, header in headers.items():
         for name, spec in header.tensors.items():
@@ -118,6 +123,52 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
         scheme = None
     tensors = logical_tensors(scheme, config, stored) if scheme else dict(stored)
     return Checkpoint(files, config, _shards(headers, tensors), tensors, scheme)
+
+
+def _gguf_name(files: FileSet) -> str | None:
+    """The one .gguf of a folder without safetensors."""
+    found = [name for name in files if name.endswith(".gguf")]
+    if not found or SINGLE in files or INDEX in files:
+        return None
+    if len(found) > 1:
+        raise NotFoundError(
+            f"{len(found)} GGUF files lie here: {', '.join(found[:3])}",
+            expected="one .gguf",
+            found=found,
+            remedy="give each its own folder with config.json; join a split one with llama-gguf-split --merge",
+        )
+    return found[0]
+
+
+def _open_gguf(path: Path, config: dict[str, Any]) -> tuple[dict[str, SafetensorsHeader], dict[str, Any]]:
+    """The header under the name that a composition writes, and the config with what the file says of itself.
+
+    Raises CorruptFileError when config.json is another model's.
+    """
+    from composer.quantised.gguf import ARCHITECTURES, describe
+
+    header, metadata = read_gguf(path)
+    said = describe(metadata, header.tensors)
+    heads = config.get("num_attention_heads")
+    expected = {
+        "quantization_config": None,
+        "model_type": ARCHITECTURES.get(said["architecture"]),
+        "num_attention_heads": said["heads"],
+        "num_key_value_heads": said["kv_heads"],
+        "hidden_size": metadata.get(f"{said['architecture']}.embedding_length"),
+        "num_hidden_layers": metadata.get(f"{said['architecture']}.block_count"),
+    }
+    for field, wanted in expected.items():
+        found = config.get(field, heads if field == "num_key_value_heads" else None)
+        fits = found in wanted if isinstance(wanted, tuple) else found == wanted
+        if not fits and not (wanted is None and field != "quantization_config"):
+            raise CorruptFileError(
+                f"config.json is not the one of {path.name}: {field} is {found!r}, expected {wanted!r}",
+                expected=wanted,
+                found=found,
+                remedy="put the config.json of the model that was converted beside the .gguf",
+            )
+    return {SINGLE: header}, {**config, "quantization_config": said}
 
 
 def _shards(

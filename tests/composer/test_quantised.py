@@ -705,8 +705,8 @@ def test_no_scheme_imports_a_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert sorted(schemes()) == [
-        "awq", "bitsandbytes 4-bit", "bitsandbytes int8", "compressed-tensors", "compressed-tensors 8", "fp8", "gptq",
-        "mxfp4",
+        "awq", "bitsandbytes 4-bit", "bitsandbytes int8", "compressed-tensors", "compressed-tensors 8", "fp8", "gguf",
+        "gptq", "mxfp4",
     ]  # fmt: skip
 
 
