@@ -78,11 +78,12 @@ def read_array(spec: TensorSpec) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """scale · B·A with A [r, in] and B [out, r]; `transposed` where the base keeps W as [in, out] (Conv1D).
+    """scale · B·A with A [r, in] and B [out, r]; `transposed` where the base keeps W as [in, out] (Conv1D, embeddings).
 
     Source: arXiv:2106.09685 §4.1; the order of operations is PEFT's get_delta_weight: the product in float32, then
     the scale, so that one adapter merged into bf16 equals PEFT's default merge bit for bit.
-    PEFT saves `copy`, the base's own W, along with a LoRA on an output head; it must be what this base holds.
+    PEFT saves `copy`, the base's own W, along with a LoRA on an embedding or an output head; it must be what this base
+    holds. An `embedding` is [V, d] in every architecture.
     """
 
     target: str
@@ -91,6 +92,7 @@ class LowRank:
     scale: float
     transposed: bool = False
     copy: TensorSpec | None = None
+    embedding: bool = False
     replaces: bool = False
     whole: bool = False
 

@@ -39,6 +39,11 @@ class Dora:
         return self.low_rank.transposed
 
     @property
+    def embedding(self) -> bool:
+        """Whether W is an embedding [V, d]; the magnitudes are then [d]."""
+        return self.low_rank.embedding
+
+    @property
     def whole(self) -> bool:
         # An output is a column of [in, out], so its norm needs every row.
         return self.low_rank.transposed

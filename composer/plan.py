@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from composer.adapters import Adapter
+from composer.adapters import Adapter, Binding
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
 from composer.deltas_checkpoint import CheckpointDelta
@@ -222,6 +222,7 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             keys=[head or embedding],
         )
     if binding.mismatches:
+        _check_vocabulary(term.label, binding)
         listed = "; ".join(map(str, binding.mismatches[:3]))
         raise TargetMismatchError(
             f"{term.label}: {len(binding.mismatches)} of {len(term.adapter.signature.targets)} tensors do not fit the "
@@ -249,11 +250,27 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
     return deltas
 
 
+def _check_vocabulary(label: str, binding: Binding) -> None:
+    """Raise TargetMismatchError with both sizes where an embedding or head differs in its number of rows alone."""
+    for mismatch in binding.mismatches:
+        end, found = mismatch.parameter.endswith(INPUT_EMBEDDINGS + OUTPUT_EMBEDDINGS), mismatch.found
+        if end and found and found[1:] == mismatch.expected[1:]:
+            raise TargetMismatchError(
+                f"{label}: {mismatch.parameter} has {mismatch.expected[0]} rows in the adapter and {found[0]} in the "
+                "base: the vocabulary was resized for the training",
+                expected=list(mismatch.expected),
+                found=list(found),
+                remedy=f"resize the base as the training did (resize_token_embeddings({mismatch.expected[0]})), "
+                "save it and compose with that base",
+                keys=[mismatch.parameter],
+            )
+
+
 def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
     """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
     shape = checkpoint.tensors[delta.target].shape
     transposed = getattr(delta, "transposed", None)
-    if transposed is None or len(shape) != 2 or shape[0] != shape[1]:
+    if transposed is None or getattr(delta, "embedding", False) or len(shape) != 2 or shape[0] != shape[1]:
         return
     module = delta.target.removesuffix(".weight").rpartition(".")[2]
     conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES

@@ -3,10 +3,11 @@
 base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
 base_model.model.<module>.lora_B.bias [out]            with lora_bias
 base_model.model.<module>.lora_magnitude_vector [out]  with use_dora; older files add .weight
-base_model.model.<module>.base_layer.weight          the base's own W, which PEFT saves along with a LoRA on a head
+base_model.model.<module>.lora_embedding_A [r, V]    base_model.model.<module>.lora_embedding_B [d, r]
+base_model.model.<module>.base_layer.weight          the base's own W, which PEFT saves along with a LoRA on either end
 base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
 
-W += s·B·A     b += s·b_B     W = m/‖V‖·V with V = W + s·B·A (DoRA)
+W += s·B·A     b += s·b_B     W = m/‖V‖·V with V = W + s·B·A (DoRA)     W += s·(B·A)ᵀ (embedding, W [V, d])
 s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern override per module
 """
 
@@ -26,7 +27,9 @@ from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec
 __all__ = ["Lora", "pattern_value"]
 
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?(embedding)|\.weight)"
+)
 EXTRA = {
     "lora_bias": re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias"),
     "use_dora": re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"),
@@ -34,7 +37,6 @@ EXTRA = {
 COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|original_module)(?=\.)")
 UNMERGEABLE_TENSORS = {
-    "lora_embedding_": "LoRA on an embedding",
     "token_adapter": "trainable_token_indices",
     "trainable_tokens_delta": "trainable_token_indices",
 }
@@ -44,7 +46,7 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
 @adapter_kind
 class Lora:
-    """Low-rank deltas on linear (and Conv1D) weights."""
+    """Low-rank deltas on linear (and Conv1D) weights and on embeddings."""
 
     name = "lora"
     peft_types = ("LORA",)
@@ -95,8 +97,8 @@ class Lora:
             _check_pair(module, sides)
         _check_extras(config, header)
         for module, copy in _copies(header).items():
-            shape = (factors[module]["B"].shape[0], factors[module]["A"].shape[1])
-            if copy.shape != (shape[::-1] if config.get("fan_in_fan_out") else shape):
+            shape = _shape(factors[module], config)
+            if copy.shape != shape:
                 raise CorruptFileError(
                     f"{copy.name} does not have the shape of its LoRA",
                     expected=list(shape),
@@ -116,8 +118,7 @@ class Lora:
         """[out, in] for each LoRA module ([in, out] with fan_in_fan_out), the own shape of each whole tensor."""
         targets = []
         for module, sides in _factors(header).items():
-            shape = (sides["B"].shape[0], sides["A"].shape[1])
-            targets.append(Target(f"{module}.weight", shape[::-1] if config.get("fan_in_fan_out") else shape))
+            targets.append(Target(f"{module}.weight", _shape(sides, config)))
         targets += [Target(f"{module}.bias", spec.shape) for module, spec in _extras(header, "lora_bias").items()]
         targets += [Target(parameter, spec.shape) for parameter, spec in _whole(header).items()]
         modules = sorted({module.rpartition(".")[2] for module in _factors(header)})
@@ -135,11 +136,18 @@ class Lora:
         deltas: list[Delta] = []
         biases, magnitudes = _extras(header, "lora_bias"), _extras(header, "use_dora")
         copies = _copies(header)
-        transposed = bool(config.get("fan_in_fan_out"))
         for module, sides in _factors(header).items():
             scale = lora_scale(config, module, sides["A"].shape[0])
             target = names[f"{module}.weight"]
-            low_rank = LowRank(target, sides["A"], sides["B"], scale, transposed, copies.get(module))
+            low_rank = LowRank(
+                target,
+                sides["A"],
+                sides["B"],
+                scale,
+                transposed=_transposed(sides, config),
+                copy=copies.get(module),
+                embedding=_on_embedding(sides),
+            )
             deltas.append(Dora(low_rank, magnitudes[module]) if module in magnitudes else low_rank)
             if module in biases:
                 deltas.append(ScaledVector(names[f"{module}.bias"], biases[module], scale))
@@ -222,6 +230,21 @@ def _factors(header: SafetensorsHeader) -> dict[str, dict[str, TensorSpec]]:
     return found
 
 
+def _on_embedding(sides: dict[str, TensorSpec]) -> bool:
+    return "lora_embedding_" in sides["A"].name
+
+
+def _transposed(sides: dict[str, TensorSpec], config: dict[str, Any]) -> bool:
+    """Whether the base keeps W as [in, out]: an embedding always does, as [V, d]."""
+    return _on_embedding(sides) or bool(config.get("fan_in_fan_out"))
+
+
+def _shape(sides: dict[str, TensorSpec], config: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of W in the base."""
+    shape = (sides["B"].shape[0], sides["A"].shape[1])
+    return shape[::-1] if _transposed(sides, config) else shape
+
+
 def _copies(header: SafetensorsHeader) -> dict[str, TensorSpec]:
     """The base's own weights in the file, by the LoRA module they belong to."""
     factors = _factors(header)
@@ -286,6 +309,13 @@ def _check_pair(module: str, sides: dict[str, TensorSpec]) -> None:
             remedy="the file is incomplete: save the adapter again",
         )
     a, b = sides["A"], sides["B"]
+    if _on_embedding(sides) != ("lora_embedding_" in b.name):
+        raise CorruptFileError(
+            f"{module} has one factor of an embedding and one of a linear layer",
+            expected="lora_embedding_A and lora_embedding_B, or lora_A and lora_B",
+            found=[a.name, b.name],
+            remedy="the file is damaged: save the adapter again",
+        )
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise refuse(
             f"{module}: LoRA on a convolution is not supported yet",

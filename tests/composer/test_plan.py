@@ -152,7 +152,7 @@ def test_variants_whose_delta_is_not_the_plain_product_are_refused(
 
 @pytest.mark.parametrize(
     "tensor",
-    ["q_proj.lora_magnitude_vector.weight", "embed_tokens.lora_embedding_A", "embed_tokens.token_adapter.trainable_tokens_delta"],
+    ["q_proj.lora_magnitude_vector.weight", "embed_tokens.token_adapter.trainable_tokens_delta"],
 )  # fmt: skip
 def test_variants_are_recognised_by_their_tensors_too(lora: Callable[..., Path], tensor: str) -> None:
     """A config that does not mention them is no excuse."""
@@ -181,7 +181,6 @@ def test_other_kinds_are_refused_by_name(lora: Callable[..., Path], kind: Any) -
 @pytest.mark.parametrize(
     "peft_config",
     [
-        pytest.param({"target_modules": ["embed_tokens", "q_proj"]}, id="embedding"),
         pytest.param({"trainable_token_indices": [1, 5]}, id="token-indices"),
     ],
 )

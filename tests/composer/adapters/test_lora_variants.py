@@ -209,3 +209,88 @@ def test_dora_on_conv1d_takes_whole_tensors(
     monkeypatch.setattr(plan_module, "BLOCK_BYTES", 1)
     compose_folders(models["gpt2"], [(adapter, 1.0)], tmp_path / "small")
     assert weight_bytes(tmp_path / "large") == weight_bytes(tmp_path / "small") != weight_bytes(models["gpt2"])
+
+
+def assert_forward_is_pefts(base: Path, kind: str, adapter: Path, out: Path) -> None:
+    """The composed model's logits are those of PEFT's live forward, which the adapter moved."""
+    compose_folders(base, [(adapter, 1.0)], out, dtype=Dtype.FP32)
+    live = logits(base, kind, adapter)
+    torch.testing.assert_close(logits(out, kind), live, atol=1e-5, rtol=1e-5)
+    assert (live - logits(base, kind)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [("llama", ["embed_tokens", "q_proj"]), ("llama", ["embed_tokens", "lm_head"]), ("bert", ["word_embeddings"])],
+)
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_a_lora_on_an_embedding_is_pefts_forward(
+    models: dict[str, Path], tmp_path: Path, kind: str, modules: list[str], config: dict[str, Any]
+) -> None:
+    """Oracle: PEFT's forward in fp32; the file's copy of the base's embedding is compared with the base."""
+    adapter = save_variant(models[kind], tmp_path / "adapter", target_modules=modules, **config)
+    if kind == "llama":
+        assert any(".base_layer.weight" in name for name in tensors_of(adapter))
+    assert_forward_is_pefts(models[kind], kind, adapter, tmp_path / "out")
+
+
+def small_embedding(folder: Path, rows: int = 6, **factors: np.ndarray) -> Path:
+    """LoRA of rank 2 on an embedding [rows, 6], without PEFT."""
+    random = np.random.default_rng(3)
+    made = {
+        "lora_embedding_A": random.normal(0, 0.1, (2, rows)).astype(np.float32),
+        "lora_embedding_B": random.normal(0, 0.1, (6, 2)).astype(np.float32),
+        **factors,
+    }
+    write_lora(folder, {})
+    write_tensors(
+        folder / "adapter_model.safetensors",
+        {f"base_model.model.model.embed_tokens.{name}": array for name, array in made.items()},
+    )
+    return folder
+
+
+def embedding_base(folder: Path) -> Path:
+    """An embedding [6, 6] of ones and a head of its own."""
+    ones = np.ones((6, 6), np.float32)
+    return write_base(folder, {"model.embed_tokens.weight": ones, "lm_head.weight": ones})
+
+
+def test_a_square_embedding_is_a_table_of_rows(tmp_path: Path) -> None:
+    """Oracle: W + 2·(B·A)ᵀ in float64; that other square matrices are [out, in] does not matter."""
+    adapter = small_embedding(tmp_path / "lora")
+    compose_folders(embedding_base(tmp_path / "base"), [(adapter, 1.0)], tmp_path / "out")
+    a, b = (tensors_of(adapter)[f"base_model.model.model.embed_tokens.lora_embedding_{side}"] for side in "AB")
+    exact = 1 + 2 * (b.astype(np.float64) @ a).T
+    np.testing.assert_allclose(read_tensors(tmp_path / "out")["model.embed_tokens.weight"], exact, atol=1e-6)
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path: Path) -> None:
+    """The copy that PEFT saves differs from this base's rows: the adapter was trained on other weights."""
+    adapter = small_embedding(tmp_path / "lora", **{"base_layer.weight": np.zeros((6, 6), np.float32)})
+    with pytest.raises(TargetMismatchError, match="other values"):
+        compose_folders(embedding_base(tmp_path / "base"), [(adapter, 1.0)], tmp_path / "out")
+
+
+def test_factors_of_two_sorts_of_layer_are_refused(tmp_path: Path) -> None:
+    """An embedding's A beside a linear layer's B is a damaged file."""
+    adapter = small_embedding(tmp_path / "lora")
+    arrays = tensors_of(adapter)
+    prefix = "base_model.model.model.embed_tokens"
+    arrays[f"{prefix}.lora_B.weight"] = arrays.pop(f"{prefix}.lora_embedding_B")
+    write_tensors(adapter / "adapter_model.safetensors", arrays)
+    with pytest.raises(CorruptFileError, match="one factor of an embedding"):
+        open_adapter(adapter)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "modules_to_save"])
+def test_a_resized_vocabulary_is_named_with_both_sizes(tmp_path: Path, whole: bool) -> None:
+    """8 rows in the adapter, 6 in the base: the error says both, and that the base has to be resized."""
+    if whole:
+        extra = {"base_model.model.model.embed_tokens.weight": np.ones((8, 6), np.float32)}
+        adapter = write_lora(tmp_path / "lora", {"lm_head": (6, 6)}, extra=extra)
+    else:
+        adapter = small_embedding(tmp_path / "lora", rows=8)
+    with pytest.raises(TargetMismatchError, match=r"8 rows in the adapter and 6 in the base") as caught:
+        compose_folders(embedding_base(tmp_path / "base"), [(adapter, 1.0)], tmp_path / "out")
+    assert "resize_token_embeddings(8)" in str(caught.value.remedy)
