@@ -216,7 +216,7 @@ def assert_forward_is_pefts(base: Path, kind: str, adapter: Path, out: Path) -> 
     compose_folders(base, [(adapter, 1.0)], out, dtype=Dtype.FP32)
     live = logits(base, kind, adapter)
     torch.testing.assert_close(logits(out, kind), live, atol=1e-5, rtol=1e-5)
-    assert (live - logits(base, kind)).abs().max() > 1e-2
+    assert (live - logits(base, kind)).abs().max() > 5e-3
 
 
 @pytest.mark.parametrize(
