@@ -85,7 +85,8 @@ def test_reads_equal_those_of_the_local_registry(filled: RemoteRegistry, registr
     }
     for name, read in reads.items():
         assert read(filled) == read(registry), name
-    assert filled.doctor()[1:] == registry.doctor()
+    local, remote = ([check for check in r.doctor() if check.name != "disk"] for r in (registry, filled))
+    assert remote[1:] == local  # free space changes from one call to the next
 
 
 def test_pages_go_on_where_they_ended(filled: RemoteRegistry, other_lora: Path) -> None:
