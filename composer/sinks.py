@@ -7,22 +7,25 @@ parent/OUT                     appears by one rename, after every file and folde
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from composer.errors import ConflictError, StorageError
 
 __all__ = ["FolderSink", "HashingWriter", "fsync_folder", "storage_errors"]
 
-WRITEBACK_BYTES = 16 << 20
+STAGING_BYTES, STAGING_BUFFERS = 4 << 20, 4  # of one file being written
 
 
 @contextmanager
@@ -60,35 +63,80 @@ def fsync_folder(path: Path) -> None:
 class HashingWriter:
     """A file that knows its size and sha256 as it grows, and is fsynced on close.
 
-    The hash is taken in a thread of its own while the same bytes go to the disk, and the disk is told to begin
-    writing them back at once, so that little is left for the fsync.
+    What is written is gathered in page-aligned buffers. A full one is hashed in one thread while another writes it past
+    the page cache (O_DIRECT, where the file system has it), so that copying into the cache and writing back from it
+    cost nothing and little is left for the fsync.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._path, self._direct = path, False
         self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1)
-        self._begun = 0
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._free: deque[tuple[mmap.mmap, list[Future[None]]]] = deque()
+        self._buffer, self._filled = mmap.mmap(-1, STAGING_BYTES), 0
         self.size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append all of `data`; it may be reused on return."""
+        """Append all of `data`; it may be reused on return. Raises OSError of this or of an earlier write."""
         view = memoryview(data).cast("B")
-        hashed = self._hasher.submit(self._hash.update, view)
-        try:
-            self.size += len(view)
-            while view:
-                view = view[self._file.write(view) :]
-            if self.size - self._begun >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-                length = self.size - self._begun
-                os.posix_fadvise(self._file.fileno(), self._begun, length, os.POSIX_FADV_DONTNEED)
-                self._begun = self.size
-        finally:
-            hashed.result()
+        for begin, room in self._rooms(len(view)):
+            room[:] = view[begin : begin + len(room)]
+
+    def write_from(self, read_into: Callable[[int, memoryview], None], start: int, stop: int) -> None:
+        """Append what `read_into(position, buffer)` fills buffers with, for the positions from `start` to `stop`."""
+        for begin, room in self._rooms(stop - start):
+            read_into(start + begin, room)
+
+    def _rooms(self, count: int) -> Iterator[tuple[int, memoryview]]:
+        """Pieces of the buffers for the next `count` bytes, each with how many went before; the caller fills them."""
+        begin = 0
+        while begin < count:
+            size = min(count - begin, STAGING_BYTES - self._filled)
+            yield begin, memoryview(self._buffer)[self._filled : self._filled + size]
+            begin += size
+            self._filled += size
+            self.size += size
+            if self._filled == STAGING_BYTES:
+                self._pass_on()
+                self._buffer = self._next_buffer()
+
+    def _pass_on(self) -> None:
+        """Have the buffer hashed and written."""
+        view, offset = memoryview(self._buffer)[: self._filled], self.size - self._filled
+        direct = self._filled == STAGING_BYTES
+        futures = [self._hasher.submit(self._hash.update, view), self._writer.submit(self._put, view, offset, direct)]
+        self._free.append((self._buffer, futures))
+        self._filled = 0
+
+    def _next_buffer(self) -> mmap.mmap:
+        if len(self._free) < STAGING_BUFFERS - 1:
+            return mmap.mmap(-1, STAGING_BYTES)
+        buffer, futures = self._free.popleft()
+        for future in futures:
+            future.result()
+        return buffer
+
+    def _put(self, view: memoryview, offset: int, direct: bool) -> None:
+        if direct != self._direct:
+            self._direct = direct and _set_direct(self._descriptor, True)
+            if not direct:
+                _set_direct(self._descriptor, False)
+        while view:
+            try:
+                written = os.pwrite(self._descriptor, view, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    error.filename = str(self._path)
+                    raise
+                _set_direct(self._descriptor, False)  # a disk with larger blocks, or what a short write left
+                self._direct = False
+                continue
+            view, offset = view[written:], offset + written
 
     @property
     def sha256(self) -> str:
-        """Of all that was written so far, 64 hex digits."""
+        """Of all that was written, 64 hex digits; once the file is closed."""
         return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
@@ -99,10 +147,27 @@ class HashingWriter:
     ) -> None:
         try:
             if kind is None:
-                os.fsync(self._file.fileno())
+                self._pass_on()
+                for future in [future for _, futures in self._free for future in futures]:
+                    future.result()
+                os.fsync(self._descriptor)
         finally:
             self._hasher.shutdown()
-            self._file.close()
+            self._writer.shutdown()
+            os.close(self._descriptor)
+
+
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Whether writes now bypass the page cache; not every file system and platform can."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        return False
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
+    except OSError:
+        return False
+    return wanted
 
 
 class FolderSink:
