@@ -35,6 +35,7 @@ from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encod
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
 BLOCK_BYTES = 2 << 20
+TILE_ROWS = 4  # the compiled kernel merges so many rows at a time, the rest of a block slowly
 STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another for each block
 FACTOR_BYTES = 64 << 20  # more factors than this are not held at once
 THREADS = min(4, os.cpu_count() or 1)
@@ -95,7 +96,8 @@ class TensorJob:
         rows, columns = self.matrix
         if any(item.delta.whole for item in self.deltas) or (self.deltas and self.method and self.method.whole):
             return rows
-        return max(1, (STREAM_BYTES if self.streamed else BLOCK_BYTES) // (4 * max(columns, 1)))
+        count = max(1, (STREAM_BYTES if self.streamed else BLOCK_BYTES) // (4 * max(columns, 1)))
+        return count if count < TILE_ROWS else count - count % TILE_ROWS
 
     @property
     def streamed(self) -> bool:
