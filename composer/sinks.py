@@ -23,7 +23,7 @@ from typing import Self
 
 from composer.errors import ConflictError, StorageError
 
-__all__ = ["FolderSink", "HashingWriter", "fsync_folder", "storage_errors"]
+__all__ = ["STAGING_BYTES", "FolderSink", "HashingWriter", "fsync_folder", "storage_errors"]
 
 STAGING_BYTES, STAGING_BUFFERS = 4 << 20, 4  # of one file being written
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
 import signal
 import subprocess
@@ -9,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import composer.run
 from composer.errors import ConflictError, StorageError
-from composer.sinks import FolderSink
+from composer.sinks import STAGING_BYTES, FolderSink, HashingWriter
 from tests.support import compose_folders, plan_folders, weight_bytes, write_base, write_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,3 +209,38 @@ def test_many_adapters_of_a_high_rank_are_loaded_one_at_a_time(
     assert peak < plan.peak_bytes + (4 << 20)
     for one, other in zip(whole.record["adapters"], streamed.record["adapters"], strict=True):
         assert other["survival"] == pytest.approx(one["survival"], abs=2e-2)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 4096, 3 * STAGING_BYTES + 7])
+@pytest.mark.parametrize("refused", [False, True], ids=["direct", "a-disk-that-refuses-direct-writes"])
+def test_a_file_holds_and_hashes_what_was_written_in_any_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int, refused: bool
+) -> None:
+    data = np.random.default_rng(extra + 1).bytes(STAGING_BYTES + extra)
+    write, refusals = os.pwrite, []
+
+    def pwrite(descriptor: int, view: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refusals.append(offset)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(descriptor, view, offset)
+
+    if refused:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+    with HashingWriter(tmp_path / "file") as writer:
+        writer.write(data[:1000])
+        writer.write_from(lambda begin, room: memoryview(room).__setitem__(slice(None), data[begin : begin + len(room)]),
+                          1000, len(data) - 500)  # fmt: skip
+        writer.write(data[-500:])
+    assert (tmp_path / "file").read_bytes() == data
+    assert (writer.sha256, writer.size) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="No space left"), FolderSink(tmp_path / "out") as sink:
+        sink.write("file", b"x")
+    assert not list(tmp_path.iterdir())
