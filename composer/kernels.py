@@ -118,10 +118,12 @@ def restores(terms: Sequence[LoadedTerm], method: str) -> bool:
     return alone and isinstance(terms[0].delta, LoadedCheckpointDelta)
 
 
-def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name: str) -> np.ndarray:
+def merge_fused(
+    base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name: str, out: np.ndarray | None = None
+) -> np.ndarray:
     """base + Σ wᵢ·Δᵢ for rows [start, start + len(base)) of tensor `name`, bf16 in and out.
 
-    Raises NonFiniteError when finite numbers overflow.
+    out: uint16 of the shape of `base`, which the result may take. Raises NonFiniteError when finite numbers overflow.
     """
     stop = start + len(base)
     factors = []
@@ -129,7 +131,7 @@ def merge_fused(base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name:
         delta = term.delta
         assert isinstance(delta, LoadedLowRank)
         factors.append(Factors(delta.left[start:stop], delta.right, delta.scale, np.float32(term.weight)))
-    bits, finite = add_product(base.view(np.uint16), factors)
+    bits, finite = add_product(base.view(np.uint16), factors, out)
     result = bits.view(base.dtype)
     if not finite:
         check_overflow(base, result, name)

@@ -45,11 +45,11 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def add_product(base: np.ndarray, terms: Sequence[Factors]) -> tuple[np.ndarray, bool]:
+def add_product(base: np.ndarray, terms: Sequence[Factors], out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
     """base + Σ wᵢ·(sᵢ·leftᵢ·rightᵢ): the sum of terms is taken first, in order, then one rounding.
 
     base: bf16 bits as uint16 [rows, columns], C-contiguous, not changed. Returns the same kind of
-    array, and whether every number in it is finite.
+    array (`out` where one is given and all is finite), and whether every number in it is finite.
     """
     if kernel_name() == "numba":
         from composer.compiled import add_product_into
@@ -61,7 +61,7 @@ def add_product(base: np.ndarray, terms: Sequence[Factors]) -> tuple[np.ndarray,
         ends = np.cumsum([term.right.shape[0] for term in terms])
         scales = np.array([term.scale for term in terms], np.float32)
         weights = np.array([term.weight for term in terms], np.float32)
-        out = np.empty(base.shape, np.uint16)
+        out = np.empty(base.shape, np.uint16) if out is None else out
         if not add_product_into(base, out, left, right, ends, scales, weights):
             return out, True
     result = _add_product_numpy(base, terms)

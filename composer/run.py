@@ -45,6 +45,7 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 15, 16
 LOCAL = threading.local()
+SPARE: deque[np.ndarray] = deque(maxlen=IN_FLIGHT)  # results already written: fresh memory costs page faults
 STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
 CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -106,13 +107,15 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
             with sink.open(shard.name) as writer:
                 writer.write(shard.header)
                 done += len(shard.header)
-                for data, measured in in_order(pool, _blocks(shard, plan), IN_FLIGHT):
+                for data, measured, spare in in_order(pool, _blocks(shard, plan), IN_FLIGHT):
                     if isinstance(data, Unread):
                         writer.write_from(data.source.read_into, data.start, data.stop)
                     else:
                         writer.write(data)
                     if measured is not None:
                         survival.merge(measured)
+                    if spare is not None:
+                        SPARE.append(spare)
                     done += len(data)
                     progress("merging", done, total)
     if plan.checkpoint.sharded:
@@ -149,7 +152,8 @@ class Unread:
         return self.stop - self.start
 
 
-Block = tuple[memoryview | Unread, Survival | None]
+# What to write, what was measured, and the memory of the result, which a later block may take once it is written
+Block = tuple[memoryview | Unread, Survival | None, np.ndarray | None]
 
 
 def _blocks(shard: ShardPlan, plan: Plan) -> Iterator[Callable[[], Block]]:
@@ -170,8 +174,8 @@ def _blocks(shard: ShardPlan, plan: Plan) -> Iterator[Callable[[], Block]]:
 
 def _copy(job: TensorJob, start: int, stop: int) -> Block:
     if isinstance(job.source, TensorSpec):
-        return Unread(job.source, start, stop), None
-    return memoryview(job.source.read_bytes(start, stop)), None
+        return Unread(job.source, start, stop), None, None
+    return memoryview(job.source.read_bytes(start, stop)), None, None
 
 
 def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memoryview:
@@ -192,6 +196,7 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
     raw = _read(job.source, start * width, stop * width)
     base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
     survival = Survival(len(plan.terms)) if terms else None
+    spare: np.ndarray | None = None
     if not terms:
         result = cast_block(base, job.dtype, name)
     elif job.deltas[0].delta.replaces:
@@ -202,14 +207,26 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
         result = cast_block(new, job.dtype, name)
         survival.add(result.astype(np.float32) - original, new - original, [(terms[0].term, new - original)])
     elif fusible(terms, plan.recipe.method, job.source.dtype, job.dtype):
-        result = merge_fused(base, terms, start, name)
+        spare, out = _result(base)
+        result = merge_fused(base, terms, start, name, out)
         _sample(job, plan, terms, base, result, start, survival)
     else:
         method = _method(plan, job)
         result, total, deltas = merge_block(base, terms, start, method, job.dtype)
         survival.add(result.astype(np.float32) - base.astype(np.float32), total, deltas)
         check_overflow(base, result, name)
-    return memoryview(result.reshape(-1).view(np.uint8)), survival
+    return memoryview(result.reshape(-1).view(np.uint8)), survival, spare
+
+
+def _result(base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Memory for a merged block, and the part of it in the shape of `base`, as bf16 bits."""
+    try:
+        spare = SPARE.pop()
+    except IndexError:
+        spare = np.empty(base.size, np.uint16)
+    if spare.size < base.size:
+        spare = np.empty(base.size, np.uint16)
+    return spare, spare[: base.size].reshape(base.shape)
 
 
 def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int) -> Block:
@@ -237,7 +254,7 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int) -> Block:
     survival = Survival(len(plan.terms))
     change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
     survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
-    return memoryview(result.reshape(-1).view(np.uint8)), survival
+    return memoryview(result.reshape(-1).view(np.uint8)), survival, None
 
 
 def _sample(
