@@ -17,14 +17,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from composer.adapters import Adapter, Binding
-from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
+from composer.checkpoint import Checkpoint
 from composer.deltas import Delta, LowRank
 from composer.deltas_checkpoint import CheckpointDelta
+from composer.deltas_rows import TokenRows
+from composer.ends import Ends, is_end, keep_tied, places, refuse_tied, tied, tied_ends, untie
 from composer.errors import (
     IncompatibleError,
     RecipeError,
     TargetMismatchError,
-    TiedWeightsError,
     UnsupportedAdapterError,
 )
 from composer.methods import MergeMethod, find_method
@@ -73,12 +74,21 @@ class WeightedDelta:
 
 @dataclass(frozen=True, slots=True)
 class TensorJob:
-    """One tensor of the output: `source` is where the base's lies, `dtype` what is written."""
+    """One tensor of the output: `source` is where the base's lies, `dtype` what is written.
+
+    `renamed` is its name where that is not the source's: the head of a pair that is tied in the base.
+    """
 
     source: TensorSpec | QuantisedTensor
     dtype: str
     deltas: tuple[WeightedDelta, ...]
     method: MergeMethod | None = None
+    renamed: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in the output."""
+        return self.renamed or self.source.name
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +154,7 @@ class Plan:
     checkpoint: Checkpoint
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
+    untied: Ends | None = None
 
     @property
     def nbytes(self) -> int:
@@ -178,52 +189,58 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     """Resolve every adapter tensor to a base tensor, and lay out the output files. Reads headers only.
 
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
-    Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
-    UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
-    IncompatibleError (two replacements of one tensor) or RecipeError (unknown method or parameter, too many adapters
-    for it, a module pattern that fits nothing).
+    Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError (one end of a tied
+    pair changes, and the recipe does not untie), UnsupportedQuantisationError (the base's weights cannot be decoded),
+    UnsupportedAdapterError (weighted replacement), IncompatibleError (two replacements of one tensor) or RecipeError
+    (unknown method or parameter, too many adapters for it, a module pattern that fits nothing).
     """
     find_scheme(checkpoint.config)
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
     _check_terms(method, [term for term in terms if _counts(term)])
     changes: dict[str, list[WeightedDelta]] = {}
+    ends = tied_ends(checkpoint)
     for index, term in enumerate(terms):
-        resolved = _resolve(term, checkpoint)
+        resolved = _resolve(term, checkpoint, ends, recipe)
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
                 changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
+    untied, changes = untie(ends, changes, [term.label for term in terms])
+    sources = _sources(checkpoint, untied)
     for target, deltas in changes.items():
-        _check_combination(target, deltas, terms, checkpoint)
+        _check_combination(target, deltas, terms, sources[target])
         _check_factors(method, target, deltas, terms)
     shards = []
     for shard in checkpoint.shards:
+        names = list(shard.tensors)
+        if untied and untied.embedding in names and untied.head not in checkpoint.tensors:
+            names.insert(names.index(untied.embedding) + 1, untied.head)
         jobs = tuple(
-            TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())), method)
-            for name, spec in shard.tensors.items()
-        )
-        layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
+            TensorJob(
+                sources[name], _output_dtype(recipe.dtype, sources[name]), tuple(changes.get(name, ())), method,
+                None if sources[name].name == name else name,
+            )
+            for name in names
+        )  # fmt: skip
+        layout = [(job.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards))
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), untied)
 
 
-def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
-    binding = term.adapter.bind(checkpoint.shapes)
-    touched = [*binding.names, *binding.names.values()]
-    head = next((name for name in touched if name.endswith(OUTPUT_EMBEDDINGS)), None)
-    embedding = next((name for name in touched if name.endswith(INPUT_EMBEDDINGS)), None)
-    stored = getattr(term.adapter.kind, "stored_tensors", False)
-    if (head or embedding) and not stored and tied(checkpoint):
-        raise TiedWeightsError(
-            f"{term.label} changes {head or embedding}, which this base shares between embedding and output head",
-            expected="an adapter that touches neither end, or a base with tie_word_embeddings false and both tensors",
-            found=head or embedding,
-            remedy="untie the base and register it anew, or train the adapter without that module",
-            keys=[head or embedding],
-        )
+def _sources(checkpoint: Checkpoint, untied: Ends | None) -> dict[str, TensorSpec | QuantisedTensor]:
+    """Where the base's numbers of each output tensor lie; an untied head begins as the embedding that it was."""
+    return {**checkpoint.tensors, **({untied.head: checkpoint.tensors[untied.embedding]} if untied else {})}
+
+
+def _resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, recipe: Recipe) -> list[Delta]:
+    shapes = places(checkpoint)
+    binding = term.adapter.bind(shapes)
     if binding.mismatches:
+        end = next((name for name in binding.names if is_end(name)), None)
+        if end and tied(checkpoint) and not recipe.untie:
+            raise refuse_tied(term.label, end, ends)
         _check_vocabulary(term.label, binding)
         listed = "; ".join(map(str, binding.mismatches[:3]))
         raise TargetMismatchError(
@@ -248,15 +265,17 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             keys=wrong,
         )
     for delta in deltas:
-        _check_layout(term.label, delta, checkpoint)
-    return deltas
+        _check_layout(term.label, delta, shapes[delta.target], checkpoint)
+        if isinstance(delta, TokenRows):
+            delta.check(shapes[delta.target])
+    return keep_tied(term.label, deltas, ends, allowed=recipe.untie) if tied(checkpoint) else deltas
 
 
 def _check_vocabulary(label: str, binding: Binding) -> None:
     """Raise TargetMismatchError with both sizes where an embedding or head differs in its number of rows alone."""
     for mismatch in binding.mismatches:
-        end, found = mismatch.parameter.endswith(INPUT_EMBEDDINGS + OUTPUT_EMBEDDINGS), mismatch.found
-        if end and found and found[1:] == mismatch.expected[1:]:
+        found = mismatch.found
+        if is_end(mismatch.parameter) and found and found[1:] == mismatch.expected[1:]:
             raise TargetMismatchError(
                 f"{label}: {mismatch.parameter} has {mismatch.expected[0]} rows in the adapter and {found[0]} in the "
                 "base: the vocabulary was resized for the training",
@@ -268,9 +287,8 @@ def _check_vocabulary(label: str, binding: Binding) -> None:
             )
 
 
-def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
+def _check_layout(label: str, delta: Delta, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
     """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
-    shape = checkpoint.tensors[delta.target].shape
     transposed = getattr(delta, "transposed", None)
     if transposed is None or getattr(delta, "embedding", False) or len(shape) != 2 or shape[0] != shape[1]:
         return
@@ -286,27 +304,9 @@ def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
         )
 
 
-def tied(checkpoint: Checkpoint) -> bool:
-    """Whether the base shares its embedding with its output head.
-
-    A stored head that the config does not tie is its own tensor; without one, a language model can only be tied.
-    An encoder without any head is not tied to anything. A config that does not say counts as tied: that was the
-    default of transformers before 5, and a refusal harms less than a head that is overwritten on loading.
-    """
-    has_head = any(name.endswith(OUTPUT_EMBEDDINGS) for name in checkpoint.tensors)
-    generates = checkpoint.architecture.endswith(
-        ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
-    )
-    if not has_head:
-        return generates
-    config = checkpoint.config
-    nested = config.get("text_config")
-    inner = nested.get("tie_word_embeddings", True) if isinstance(nested, dict) else True
-    return bool(config.get("tie_word_embeddings", inner))
-
-
-def _check_combination(target: str, deltas: list[WeightedDelta], terms: Sequence[Term], checkpoint: Checkpoint) -> None:
-    spec = checkpoint.tensors[target]
+def _check_combination(
+    target: str, deltas: list[WeightedDelta], terms: Sequence[Term], spec: TensorSpec | QuantisedTensor
+) -> None:
     if spec.dtype not in FLOAT_DTYPES:
         raise UnsupportedAdapterError(
             f"{target} is {spec.dtype}: merging into a quantised base is not supported yet",

@@ -113,7 +113,6 @@ class AdapterKind(Protocol):
 
     name: str
     peft_types: tuple[str, ...]
-    # A kind may set `stored_tensors`: its deltas are of the tensors that a checkpoint stores, tied ones included.
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""

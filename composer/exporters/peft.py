@@ -19,6 +19,7 @@ import numpy as np
 from composer.adapters import CONFIG, WEIGHTS, Adapter
 from composer.adapters.adalora import SingularFactors
 from composer.deltas import LoadedLowRank, LowRank, Replace
+from composer.ends import places
 from composer.errors import IncompatibleError, RecipeError, UnsupportedAdapterError
 from composer.factors import stacked, truncate
 from composer.kernels import Survival, cast_block
@@ -53,6 +54,13 @@ class PeftExporter:
         Raises RecipeError (no adapters, a method that gives no factors), UnsupportedAdapterError (a delta that is not
         low-rank) or IncompatibleError (adapters of modules that no one model class names).
         """
+        if plan.untied is not None:
+            raise IncompatibleError(
+                "a LoRA cannot untie the ends of its base",
+                expected="merged weights",
+                found={"untie": True, "export": "peft"},
+                remedy="compose to safetensors, or leave out the adapter that changes one end",
+            )
         method = find_method(plan.recipe.method)
         if method.name not in SUMS and not method.factors:
             raise RecipeError(
@@ -87,9 +95,9 @@ class PeftExporter:
         layout, saved = [], 0
         names = _peft_names(plan)
         for job in (job for job in plan.jobs if job.deltas):
-            module = names[job.source.name].removesuffix(".weight")
+            module = names[job.name].removesuffix(".weight")
             if job.deltas[0].delta.replaces:
-                layout.append((PREFIX + names[job.source.name], job.dtype, job.source.shape))
+                layout.append((PREFIX + names[job.name], job.dtype, job.source.shape))
                 saved += sum(source.nbytes for source in job.deltas[0].delta.sources)
                 continue
             rank = _bound(plan, job)
@@ -140,12 +148,10 @@ class _Run:
     def tensors(self, progress: Callable[[str, int, int], None]) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor of the file by name, in the order of the base's tensors."""
         jobs = [job for job in self.plan.jobs if job.deltas]
-        owners = {
-            self.names[job.source.name].removesuffix(".weight") for job in jobs if is_low_rank(job.deltas[0].delta)
-        }
+        owners = {self.names[job.name].removesuffix(".weight") for job in jobs if is_low_rank(job.deltas[0].delta)}
         for done, job in enumerate(jobs):
             progress("writing the adapter", done, len(jobs))
-            parameter = self.names[job.source.name]
+            parameter = self.names[job.name]
             delta = job.deltas[0].delta
             if isinstance(delta, Replace):
                 yield PREFIX + _wrapped(parameter, owners), delta.tensor.read()
@@ -162,7 +168,7 @@ class _Run:
         deltas = [item.delta.load() for item in job.deltas]
         _check_copies(job, deltas)
         weights = [item.weight for item in job.deltas]
-        method = find_method(self.plan.recipe.method).bind(self.plan.recipe.parameters, job.source.name)
+        method = find_method(self.plan.recipe.method).bind(self.plan.recipe.parameters, job.name)
         if method.method.factors:
             left, right = (side.astype(np.float64) for side in method.pair(deltas, weights))
         else:
@@ -171,7 +177,7 @@ class _Run:
         exact = left, right
         if self.plan.recipe.rank is not None:
             left, right, *self.energy[module] = truncate(left, right, rank=_bound(self.plan, job))
-        written = tuple(cast_block(side, _dtype(self.plan), job.source.name) for side in (left, right))
+        written = tuple(cast_block(side, _dtype(self.plan), job.name) for side in (left, right))
         parts = {
             item.term: (delta.left.astype(np.float64) * float(delta.scale), delta.right.astype(np.float64))
             for item, delta in zip(job.deltas, deltas, strict=True)
@@ -198,13 +204,13 @@ def _dtype(plan: Plan) -> str:
 
 def _check_delta(plan: Plan, job: TensorJob, item: WeightedDelta, names: Mapping[str, str]) -> None:
     delta, term = item.delta, plan.terms[item.term]
-    if is_low_rank(delta) and job.source.name.endswith(".weight") and len(job.source.shape) == 2:
+    if is_low_rank(delta) and job.name.endswith(".weight") and len(job.source.shape) == 2:
         return
-    if isinstance(delta, Replace) and _keeps(term.adapter, names[job.source.name]):
+    if isinstance(delta, Replace) and _keeps(term.adapter, names[job.name]):
         return
     kind = term.adapter.signature.kind
     raise UnsupportedAdapterError(
-        f"{term.label}: its change of {job.source.name} ({kind}, {type(delta).__name__}) cannot be written as a LoRA",
+        f"{term.label}: its change of {job.name} ({kind}, {type(delta).__name__}) cannot be written as a LoRA",
         expected="low-rank deltas of linear weights, trained biases and modules_to_save",
         found=f"{kind}: {type(delta).__name__}",
         remedy="compose to safetensors, or leave the adapter out",
@@ -242,10 +248,10 @@ def _peft_names(plan: Plan) -> dict[str, str]:
     An adapter of a class without the head lacks a prefix that the checkpoint has; one rule must name every target.
     Raises IncompatibleError where none does.
     """
-    targets = [job.source.name for job in plan.jobs if job.deltas]
+    targets = [job.name for job in plan.jobs if job.deltas]
     counted = {item.term for job in plan.jobs for item in job.deltas}
     for index in sorted(counted):
-        parameter, target = next(iter(plan.terms[index].adapter.bind(plan.checkpoint.shapes).names.items()))
+        parameter, target = next(iter(plan.terms[index].adapter.bind(places(plan.checkpoint)).names.items()))
         added = target.removesuffix(parameter) if target.endswith(parameter) else ""
         removed = parameter.removesuffix(target) if parameter.endswith(target) else ""
         if all(name.startswith(added) for name in targets):

@@ -1,0 +1,41 @@
+"""The small files of the output. config.json is the base's own file, byte for byte, unless the weights that are written
+need another:
+
+dtype, no quantization_config     a number format was chosen, or the base is quantised and the output is not
+tie_word_embeddings false         both ends of a pair that the base ties are written
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from composer.files import copy_names, read_json
+from composer.plan import Plan
+
+__all__ = ["companion_files"]
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def companion_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
+    """The files that go along with the weights, by name: configs, tokenizer, chat template."""
+    for name in copy_names(plan.checkpoint.files):
+        yield name, _config(plan) if name == "config.json" else plan.checkpoint.files[name].read_bytes()
+
+
+def _config(plan: Plan) -> bytes:
+    path = plan.checkpoint.files["config.json"]
+    dtype = plan.config_dtype
+    changes: dict[str, Any] = {"dtype": DTYPES[dtype]} if dtype else {}
+    if plan.untied:
+        changes["tie_word_embeddings"] = False
+    if not changes:
+        return path.read_bytes()
+    config = read_json(path)
+    if dtype:
+        config.pop("torch_dtype", None)
+        config.pop("quantization_config", None)
+    config |= changes
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
