@@ -152,6 +152,17 @@ class Replace:
     def sources(self) -> tuple[TensorSpec, ...]:
         return (self.tensor,)
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise TargetMismatchError unless the base's tensor has this shape."""
+        if self.tensor.shape != shape:
+            raise TargetMismatchError(
+                f"{self.tensor.name} takes the place of {self.target}, which has another shape",
+                expected=list(self.tensor.shape),
+                found=list(shape),
+                remedy="compose it with the base that it was trained on",
+                keys=[self.tensor.name],
+            )
+
     def load(self) -> LoadedReplace:
         return LoadedReplace(read_array(self.tensor))
 

@@ -1,7 +1,7 @@
 """The two ends of a language model: the input embedding and the output head, which may be one tensor.
 
     tied(checkpoint)                whether they are
-    places(checkpoint)              shapes that an adapter may bind to: the stored ones, and a tied head under its name
+    with_tied_head(shapes, …)       shapes that an adapter may bind to: the stored ones, and a tied head under its name
     keep_tied(label, deltas, …)     the deltas of one adapter, checked against the tie
     untie(ends, changes, …)         the head as a tensor of its own, where an adapter changes one end and not the other
 
@@ -22,7 +22,7 @@ from composer.errors import IncompatibleError, TiedWeightsError
 if TYPE_CHECKING:
     from composer.plan import WeightedDelta
 
-__all__ = ["Ends", "is_end", "keep_tied", "places", "refuse_tied", "tied", "tied_ends", "untie", "with_tied_head"]
+__all__ = ["Ends", "is_end", "keep_tied", "refuse_tied", "tied", "tied_ends", "untie", "with_tied_head"]
 
 DECODERS = ("LMHeadModel", "ForCausalLM")
 GENERATING = (*DECODERS, "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
@@ -66,11 +66,6 @@ def with_tied_head(shapes: Mapping[str, tuple[int, ...]], architecture: str) -> 
     """The shapes of a checkpoint and, where a decoder stores no head, that of the head it takes from its embedding."""
     ends = _decoder_ends(shapes, architecture)
     return {**shapes, ends.head: shapes[ends.embedding]} if ends and ends.head not in shapes else dict(shapes)
-
-
-def places(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Tensor name to shape: what an adapter may bind to."""
-    return with_tied_head(checkpoint.shapes, checkpoint.architecture)
 
 
 def _decoder_ends(names: Iterable[str], architecture: str) -> Ends | None:

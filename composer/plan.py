@@ -18,17 +18,20 @@ from dataclasses import dataclass
 
 from composer.adapters import Adapter, Binding
 from composer.checkpoint import Checkpoint
-from composer.deltas import Delta, LowRank
+from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_checkpoint import CheckpointDelta
+from composer.deltas_experts import ExpertLowRank, ExpertSlice
 from composer.deltas_rows import TokenRows
-from composer.ends import Ends, is_end, keep_tied, places, refuse_tied, tied, tied_ends, untie
+from composer.ends import Ends, is_end, keep_tied, refuse_tied, tied, tied_ends, untie
 from composer.errors import (
     IncompatibleError,
     RecipeError,
     TargetMismatchError,
     UnsupportedAdapterError,
 )
+from composer.experts import ExpertStack, expert_stacks
 from composer.methods import MergeMethod, find_method
+from composer.places import places
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
 from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
@@ -127,8 +130,14 @@ class TensorJob:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, numbers a row): the first dimension against the rest."""
+        """(rows, numbers a row): the first dimension against the rest; of a stack of experts all but the last.
+
+        One expert may be a hundred times larger than a block. A quantised one is decoded whole.
+        """
         shape = self.source.shape
+        stacked = self.deltas and all(getattr(item.delta, "stacked", False) for item in self.deltas)
+        if stacked and isinstance(self.source, TensorSpec):
+            return math.prod(shape[:-1]), shape[-1]
         return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
@@ -251,7 +260,12 @@ def _resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, recipe: Reci
             remedy="see 'registry bases ADAPTER' for the bases it fits",
             keys=[mismatch.parameter for mismatch in binding.mismatches],
         )
-    deltas = term.adapter.deltas(binding.names)
+    stacks = expert_stacks(checkpoint.shapes)
+    deltas = [
+        placed
+        for delta in term.adapter.deltas(binding.names)
+        for placed in _on_stored(term.label, delta, shapes[delta.target], stacks.get(delta.target), checkpoint)
+    ]
     consumed = {source.name for delta in deltas for source in delta.sources}
     wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
     targets = [delta.target for delta in deltas]
@@ -266,9 +280,25 @@ def _resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, recipe: Reci
         )
     for delta in deltas:
         _check_layout(term.label, delta, shapes[delta.target], checkpoint)
-        if isinstance(delta, TokenRows):
+        if isinstance(delta, TokenRows | Replace):
             delta.check(shapes[delta.target])
     return keep_tied(term.label, deltas, ends, allowed=recipe.untie) if tied(checkpoint) else deltas
+
+
+def _on_stored(
+    label: str, delta: Delta, shape: tuple[int, ...], stack: ExpertStack | None, checkpoint: Checkpoint
+) -> list[Delta]:
+    """The same change as one of stored tensors: that of a stack of experts is one of each expert's own matrices."""
+    if isinstance(delta, ExpertLowRank):
+        return delta.placed(shape, stack, checkpoint.config)
+    if stack is not None:
+        raise UnsupportedAdapterError(
+            f"{label} replaces {delta.target}, which this base stores expert by expert",
+            expected="low-rank changes of the experts",
+            found=type(delta).__name__,
+            remedy="save the base with its experts stacked, or train the adapter without modules_to_save on them",
+        )
+    return [delta]
 
 
 def _check_vocabulary(label: str, binding: Binding) -> None:
@@ -390,7 +420,7 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
 
 
 def _loaded_bytes(item: WeightedDelta) -> int:
-    if isinstance(item.delta, CheckpointDelta):
+    if isinstance(item.delta, CheckpointDelta | ExpertLowRank | ExpertSlice):
         return item.delta.loaded_bytes
     return sum(math.prod(source.shape) * 4 for source in item.delta.sources)
 

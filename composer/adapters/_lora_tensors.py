@@ -80,7 +80,7 @@ def whole_of(header: SafetensorsHeader) -> dict[str, TensorSpec]:
     }
 
 
-def check_extras(config: dict[str, Any], header: SafetensorsHeader) -> None:
+def check_extras(config: dict[str, Any], header: SafetensorsHeader, factors: dict[str, dict[str, TensorSpec]]) -> None:
     """Every LoRA module has its bias or magnitude where the config says so, and none where it does not."""
     if config.get("use_dora") and config.get("lora_bias"):
         raise refuse(
@@ -89,7 +89,6 @@ def check_extras(config: dict[str, Any], header: SafetensorsHeader) -> None:
             found={"use_dora": True, "lora_bias": True},
             remedy="retrain with one of them, as PEFT demands",
         )
-    factors = factors_of(header)
     for option in EXTRA:
         extras = extras_of(header, option)
         if extras and not config.get(option):

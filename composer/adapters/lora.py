@@ -5,6 +5,7 @@ base_model.model.<module>.lora_B.bias [out]            with lora_bias
 base_model.model.<module>.lora_magnitude_vector [out]  with use_dora; older files add .weight
 base_model.model.<module>.lora_embedding_A [r, V]    base_model.model.<module>.lora_embedding_B [d, r]
 base_model.model.<module>.base_layer.weight          the base's own W, which PEFT saves along with a LoRA on either end
+base_model.model.<module>(.base_layer)*.lora_A.weight [experts·r, x]   with target_parameters; lora_B [y, r·experts]
 base_model.model.<module>.token_adapter.trainable_tokens_delta [n, d]   with trainable_token_indices
 base_model.model.<parameter>                         a trained bias or a module of modules_to_save, whole
 
@@ -21,6 +22,7 @@ from typing import Any
 from composer.adapters import Signature, Target, adapter_kind, parameter_count, refuse
 from composer.adapters._common import PREFIX
 from composer.adapters._lora_config import check_numbers, lora_scale
+from composer.adapters._lora_parameters import check_parameters, parameter_delta, parameter_target, split_parameters
 from composer.adapters._lora_tensors import (
     base_shape,
     check_extras,
@@ -45,7 +47,7 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
 @adapter_kind
 class Lora:
-    """Low-rank deltas on linear (and Conv1D) weights and on embeddings."""
+    """Low-rank deltas on linear (and Conv1D) weights, on embeddings and on the stacked weights of experts."""
 
     name = "lora"
     peft_types = ("LORA",)
@@ -54,7 +56,6 @@ class Lora:
         """Refuse the variants of LoRA whose delta is not s·B·A, and files that do not pair up."""
         unsupported = {
             "layer_replication": "layer replication",
-            "target_parameters": "LoRA on bare parameters (MoE experts)",
             "alora_invocation_tokens": "activated LoRA (it depends on the input)",
             "use_qalora": "QALoRA",
             "megatron_config": "Megatron layers",
@@ -85,10 +86,12 @@ class Lora:
             )
         for module, sides in factors.items():
             check_pair(module, sides)
-        check_extras(config, header)
+        modules, parameters = split_parameters(config, factors)
+        check_parameters(config, parameters)
+        check_extras(config, header, modules)
         check_tokens(config, header)
         for module, copy in copies_of(header).items():
-            shape = base_shape(factors[module], config)
+            shape = base_shape(modules[module], config)
             if copy.shape != shape:
                 raise CorruptFileError(
                     f"{copy.name} does not have the shape of its LoRA",
@@ -106,29 +109,36 @@ class Lora:
                 )
 
     def signature(self, config: dict[str, Any], header: SafetensorsHeader) -> Signature:
-        """[out, in] for each LoRA module ([in, out] with fan_in_fan_out), the own shape of each whole tensor."""
-        targets = []
-        for module, sides in factors_of(header).items():
-            targets.append(Target(f"{module}.weight", base_shape(sides, config)))
+        """[out, in] for each LoRA module ([in, out] with fan_in_fan_out), the own shape of each whole tensor.
+
+        [experts, y, x] for each stack of experts, whose last two may be the other way round in the base.
+        """
+        modules, parameters = split_parameters(config, factors_of(header))
+        targets = [Target(f"{module}.weight", base_shape(sides, config)) for module, sides in modules.items()]
+        targets += [parameter_target(config, parameter, sides) for parameter, sides in parameters.items()]
         targets += [Target(f"{module}.bias", spec.shape) for module, spec in extras_of(header, "lora_bias").items()]
         targets += token_targets(header)
         targets += [Target(parameter, spec.shape) for parameter, spec in whole_of(header).items()]
-        modules = sorted({module.rpartition(".")[2] for module in factors_of(header)})
+        named = sorted({name.rpartition(".")[2] for name in (*modules, *parameters)})
         return Signature(
             kind=self.name,
             targets=tuple(targets),
             parameters=parameter_count(header),
             rank=config["r"],
             alpha=config["lora_alpha"],
-            target_modules=tuple(modules),
+            target_modules=tuple(named),
         )
 
     def deltas(self, config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Delta]:
-        """One LowRank or Dora a module, one ScaledVector a bias on lora_B, one Replace a whole tensor."""
+        """One LowRank or Dora a module, one ScaledVector a bias on lora_B, one ExpertLowRank a stack of experts.
+
+        One TokenRows a module with trained tokens, one Replace a whole tensor.
+        """
         deltas: list[Delta] = []
         biases, magnitudes = extras_of(header, "lora_bias"), extras_of(header, "use_dora")
         copies = copies_of(header)
-        for module, sides in factors_of(header).items():
+        modules, parameters = split_parameters(config, factors_of(header))
+        for module, sides in modules.items():
             scale = lora_scale(config, module, sides["A"].shape[0])
             target = names[f"{module}.weight"]
             low_rank = LowRank(
@@ -143,6 +153,7 @@ class Lora:
             deltas.append(Dora(low_rank, magnitudes[module]) if module in magnitudes else low_rank)
             if module in biases:
                 deltas.append(ScaledVector(names[f"{module}.bias"], biases[module], scale))
+        deltas += [parameter_delta(config, name, sides, names[name]) for name, sides in parameters.items()]
         deltas += token_deltas(config, header, names)
         deltas += [Replace(names[parameter], spec) for parameter, spec in whole_of(header).items()]
         return deltas

@@ -19,7 +19,6 @@ import numpy as np
 from composer.adapters import CONFIG, WEIGHTS, Adapter
 from composer.adapters.adalora import SingularFactors
 from composer.deltas import LoadedLowRank, LowRank, Replace
-from composer.ends import places
 from composer.errors import IncompatibleError, RecipeError, UnsupportedAdapterError
 from composer.factors import stacked, truncate
 from composer.kernels import Survival, cast_block
@@ -34,6 +33,7 @@ from composer.peft_format import (
     write_json,
     write_tensors,
 )
+from composer.places import places
 from composer.plan import SAFETENSORS_DTYPE, Plan, TensorJob, WeightedDelta
 from composer.recipe import Dtype
 from composer.sinks import FolderSink
@@ -251,10 +251,12 @@ def _peft_names(plan: Plan) -> dict[str, str]:
     targets = [job.name for job in plan.jobs if job.deltas]
     counted = {item.term for job in plan.jobs for item in job.deltas}
     for index in sorted(counted):
-        parameter, target = next(iter(plan.terms[index].adapter.bind(places(plan.checkpoint)).names.items()))
+        binding = plan.terms[index].adapter.bind(places(plan.checkpoint))
+        parameter, target = next(iter(binding.names.items()))
         added = target.removesuffix(parameter) if target.endswith(parameter) else ""
         removed = parameter.removesuffix(target) if parameter.endswith(target) else ""
-        if all(name.startswith(added) for name in targets):
+        prefixed = all(removed + stored.removeprefix(added) == module for module, stored in binding.names.items())
+        if prefixed and all(name.startswith(added) for name in targets):
             return {
                 name: removed + name.removeprefix(added) for name in plan.checkpoint.tensors if name.startswith(added)
             }

@@ -21,10 +21,10 @@ import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.companions import companion_files
-from composer.ends import places
 from composer.errors import TypedError, WeakCompatibilityError
 from composer.exporters import check_export, find_plan_exporter
 from composer.files import copy_names, read_json, sha256_file
+from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference

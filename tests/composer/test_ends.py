@@ -14,9 +14,9 @@ import torch
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.checkpoint_delta import make_delta
-from composer.ends import places
 from composer.errors import IncompatibleError, TiedWeightsError
 from composer.exporters import check_export
+from composer.places import places
 from composer.plan import Term, make_plan
 from composer.recipe import Dtype, Recipe
 from tests.composer.adapters.oracles import assert_composed_is_live, live_logits, load_model, logits, random_adapter
