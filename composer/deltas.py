@@ -83,7 +83,8 @@ class LowRank:
     Source: arXiv:2106.09685 §4.1; the order of operations is PEFT's get_delta_weight: the product in float32, then
     the scale, so that one adapter merged into bf16 equals PEFT's default merge bit for bit.
     PEFT saves `copy`, the base's own W, along with a LoRA on an embedding or an output head; it must be what this base
-    holds. An `embedding` is [V, d] in every architecture.
+    holds. An `embedding` is [V, d] in every architecture. Only `plain` factors are those of a linear module: others are
+    of a convolution, whose kernel [out, in, …] is a matrix by its first dimension, or of a bare parameter.
     """
 
     target: str
@@ -93,6 +94,7 @@ class LowRank:
     transposed: bool = False
     copy: TensorSpec | None = None
     embedding: bool = False
+    plain: bool = True
     replaces: bool = False
     whole: bool = False
 

@@ -111,7 +111,7 @@ def parameter_delta(config: dict[str, Any], parameter: str, sides: Sides, target
     experts = _experts(config, parameter, sides)
     scale = lora_scale(config, parameter, sides["A"].shape[0] // experts)
     if experts == 1:
-        return LowRank(target, sides["A"], sides["B"], scale)
+        return LowRank(target, sides["A"], sides["B"], scale, plain=False)
     return ExpertLowRank(target, sides["A"], sides["B"], experts, scale, _version(config) >= SWAPPED_SINCE)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from typing import Any
 
 from composer.adapters import refuse
@@ -12,6 +14,8 @@ from composer.errors import CorruptFileError
 from composer.tensors import SafetensorsHeader, TensorSpec
 
 __all__ = [
+    "as_matrices",
+    "as_vector",
     "base_shape",
     "check_extras",
     "check_pair",
@@ -20,6 +24,7 @@ __all__ = [
     "factors_of",
     "is_transposed",
     "on_embedding",
+    "on_kernel",
     "whole_of",
 ]
 
@@ -46,13 +51,13 @@ def on_embedding(sides: dict[str, TensorSpec]) -> bool:
 
 
 def is_transposed(sides: dict[str, TensorSpec], config: dict[str, Any]) -> bool:
-    """Whether the base keeps W as [in, out]: an embedding always does, as [V, d]."""
-    return on_embedding(sides) or bool(config.get("fan_in_fan_out"))
+    """Whether the base keeps W as [in, out]: an embedding always does, as [V, d], a convolution never."""
+    return on_embedding(sides) or (bool(config.get("fan_in_fan_out")) and not on_kernel(sides))
 
 
 def base_shape(sides: dict[str, TensorSpec], config: dict[str, Any]) -> tuple[int, ...]:
     """The shape of W in the base."""
-    shape = (sides["B"].shape[0], sides["A"].shape[1])
+    shape = (sides["B"].shape[0], *sides["A"].shape[1:])
     return shape[::-1] if is_transposed(sides, config) else shape
 
 
@@ -99,7 +104,7 @@ def check_extras(config: dict[str, Any], header: SafetensorsHeader, factors: dic
                 remedy="restore the config that was saved with these tensors",
             )
         unpaired = sorted(set(extras) ^ set(factors)) if config.get(option) else []
-        wrong = [m for m, spec in extras.items() if m in factors and spec.shape != (factors[m]["B"].shape[0],)]
+        wrong = [m for m, spec in extras.items() if m in factors and not _is_vector(spec, factors[m])]
         if unpaired or wrong:
             module = (unpaired or wrong)[0]
             raise CorruptFileError(
@@ -108,6 +113,28 @@ def check_extras(config: dict[str, Any], header: SafetensorsHeader, factors: dic
                 found=list(extras[module].shape) if module in extras else "none",
                 remedy="the file is damaged: save the adapter again",
             )
+
+
+def _is_vector(spec: TensorSpec, sides: dict[str, TensorSpec]) -> bool:
+    """[out], or [1, out, 1, …] as the magnitudes of a convolution are."""
+    out, dimensions = sides["B"].shape[0], len(sides["A"].shape)
+    return spec.shape == (out,) or (dimensions > 2 and spec.shape == (1, out, *(1,) * (dimensions - 2)))
+
+
+def as_vector(spec: TensorSpec) -> TensorSpec:
+    """The same numbers as [out]."""
+    return replace(spec, shape=(math.prod(spec.shape),))
+
+
+def as_matrices(sides: dict[str, TensorSpec]) -> tuple[TensorSpec, TensorSpec]:
+    """A [r, in·kernel] and B [out, r]: those of a convolution have more dimensions, in the same order."""
+    a, b = sides["A"], sides["B"]
+    return replace(a, shape=(a.shape[0], math.prod(a.shape[1:]))), replace(b, shape=b.shape[:2])
+
+
+def on_kernel(sides: dict[str, TensorSpec]) -> bool:
+    """Whether the module is a convolution."""
+    return len(sides["A"].shape) > 2
 
 
 def check_pair(module: str, sides: dict[str, TensorSpec]) -> None:
@@ -127,12 +154,20 @@ def check_pair(module: str, sides: dict[str, TensorSpec]) -> None:
             found=[a.name, b.name],
             remedy="the file is damaged: save the adapter again",
         )
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise refuse(
-            f"{module}: LoRA on a convolution is not supported yet",
-            expected="matrices",
+    if not 2 <= len(a.shape) <= 5 or len(b.shape) != len(a.shape) or set(b.shape[2:]) - {1}:
+        raise CorruptFileError(
+            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are of no layer",
+            expected="matrices, or A with a convolution's kernel and B with one of size 1",
             found=[list(a.shape), list(b.shape)],
-            remedy="merge it with PEFT",
+            remedy="the file is damaged: save the adapter again",
+        )
+    if on_kernel(sides) and a.shape[0] != b.shape[1] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        raise refuse(
+            f"{module} is a convolution in {a.shape[0] // b.shape[1]} groups: its LoRA mixes the channels of all "
+            "groups, which the grouped kernel has no numbers for",
+            expected="a convolution with groups=1",
+            found=[list(a.shape), list(b.shape)],
+            remedy="serve the base with the adapter loaded by PEFT, which does not merge it either",
         )
     if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise CorruptFileError(

@@ -1,6 +1,7 @@
 """LoRA as PEFT saves it (arXiv:2106.09685), with rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353).
 
 base_model.model.<module>.lora_A.weight [r, in]      base_model.model.<module>.lora_B.weight [out, r]
+base_model.model.<module>.lora_A.weight [r, in, k…]  base_model.model.<module>.lora_B.weight [out, r, 1…]  (convolution)
 base_model.model.<module>.lora_B.bias [out]            with lora_bias
 base_model.model.<module>.lora_magnitude_vector [out]  with use_dora; older files add .weight
 base_model.model.<module>.lora_embedding_A [r, V]    base_model.model.<module>.lora_embedding_B [d, r]
@@ -24,6 +25,8 @@ from composer.adapters._common import PREFIX
 from composer.adapters._lora_config import check_numbers, lora_scale
 from composer.adapters._lora_parameters import check_parameters, parameter_delta, parameter_target, split_parameters
 from composer.adapters._lora_tensors import (
+    as_matrices,
+    as_vector,
     base_shape,
     check_extras,
     check_pair,
@@ -32,6 +35,7 @@ from composer.adapters._lora_tensors import (
     factors_of,
     is_transposed,
     on_embedding,
+    on_kernel,
     whole_of,
 )
 from composer.adapters._tokens import check_tokens, token_deltas, token_targets
@@ -47,7 +51,7 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
 @adapter_kind
 class Lora:
-    """Low-rank deltas on linear (and Conv1D) weights, on embeddings and on the stacked weights of experts."""
+    """Low-rank deltas on linear, Conv1D and convolution weights, on embeddings and on stacked experts."""
 
     name = "lora"
     peft_types = ("LORA",)
@@ -143,14 +147,14 @@ class Lora:
             target = names[f"{module}.weight"]
             low_rank = LowRank(
                 target,
-                sides["A"],
-                sides["B"],
+                *as_matrices(sides),
                 scale,
                 transposed=is_transposed(sides, config),
                 copy=copies.get(module),
                 embedding=on_embedding(sides),
+                plain=not on_kernel(sides),
             )
-            deltas.append(Dora(low_rank, magnitudes[module]) if module in magnitudes else low_rank)
+            deltas.append(Dora(low_rank, as_vector(magnitudes[module])) if module in magnitudes else low_rank)
             if module in biases:
                 deltas.append(ScaledVector(names[f"{module}.bias"], biases[module], scale))
         deltas += [parameter_delta(config, name, sides, names[name]) for name, sides in parameters.items()]

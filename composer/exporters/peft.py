@@ -188,7 +188,7 @@ class _Run:
 
 def is_low_rank(delta: Any) -> bool:
     """Whether it is B·A on a matrix, as lora_A and lora_B of a linear layer say it."""
-    return isinstance(delta, LowRank | SingularFactors) and ".lora_A" in delta.a.name and len(delta.a.shape) == 2
+    return isinstance(delta, LowRank | SingularFactors) and ".lora_A" in delta.a.name and getattr(delta, "plain", True)
 
 
 def _bound(plan: Plan, job: TensorJob) -> int:
