@@ -21,6 +21,7 @@ from composer.checkpoint import Checkpoint
 from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_checkpoint import CheckpointDelta
 from composer.deltas_experts import ExpertLowRank, ExpertSlice
+from composer.deltas_residual import Residual
 from composer.deltas_rows import TokenRows
 from composer.ends import Ends, is_end, keep_tied, refuse_tied, tied, tied_ends, untie
 from composer.errors import (
@@ -291,6 +292,8 @@ def _on_stored(
     """The same change as one of stored tensors: that of a stack of experts is one of each expert's own matrices."""
     if isinstance(delta, ExpertLowRank):
         return delta.placed(shape, stack, checkpoint.config)
+    if isinstance(delta, Residual):
+        return [delta.placed(checkpoint.tensors[delta.target])]
     if stack is not None:
         raise UnsupportedAdapterError(
             f"{label} replaces {delta.target}, which this base stores expert by expert",
@@ -442,4 +445,5 @@ def _block_bytes(job: TensorJob) -> int:
     widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
     if job.method and job.method.name != "linear":
         widths += SCRATCH * len(job.deltas)
-    return min(rows, job.block_rows) * columns * widths
+    scratch = sum(item.delta.scratch_bytes(rows, columns) for item in job.deltas if isinstance(item.delta, Residual))
+    return min(rows, job.block_rows) * columns * widths + scratch

@@ -24,6 +24,7 @@ from composer.adapters import Signature, Target, adapter_kind, parameter_count, 
 from composer.adapters._common import PREFIX
 from composer.adapters._lora_config import check_numbers, lora_scale
 from composer.adapters._lora_parameters import check_parameters, parameter_delta, parameter_target, split_parameters
+from composer.adapters._lora_start import check_start, start_of
 from composer.adapters._lora_tensors import (
     as_matrices,
     as_vector,
@@ -41,12 +42,11 @@ from composer.adapters._lora_tensors import (
 from composer.adapters._tokens import check_tokens, token_deltas, token_targets
 from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_dora import Dora, ScaledVector
+from composer.deltas_residual import Residual
 from composer.errors import CorruptFileError
 from composer.tensors import FLOAT_DTYPES, SafetensorsHeader
 
 __all__ = ["Lora"]
-
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 
 
 @adapter_kind
@@ -72,13 +72,6 @@ class Lora:
                     found=config[option],
                     remedy="merge it with PEFT, or retrain without it",
                 )
-        if config.get("init_lora_weights", True) not in PLAIN_INITS:
-            raise refuse(
-                f"init_lora_weights={config['init_lora_weights']!r} changes the base's own weights",
-                expected="an initialisation that leaves the base as it is",
-                found=config["init_lora_weights"],
-                remedy="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)",
-            )
         check_numbers(config)
         factors = factors_of(header)
         if not factors:
@@ -92,6 +85,7 @@ class Lora:
             check_pair(module, sides)
         modules, parameters = split_parameters(config, factors)
         check_parameters(config, parameters)
+        check_start(config, header, modules, parameters)
         check_extras(config, header, modules)
         check_tokens(config, header)
         for module, copy in copies_of(header).items():
@@ -140,7 +134,7 @@ class Lora:
         """
         deltas: list[Delta] = []
         biases, magnitudes = extras_of(header, "lora_bias"), extras_of(header, "use_dora")
-        copies = copies_of(header)
+        copies, start = copies_of(header), start_of(config)
         modules, parameters = split_parameters(config, factors_of(header))
         for module, sides in modules.items():
             scale = lora_scale(config, module, sides["A"].shape[0])
@@ -154,7 +148,8 @@ class Lora:
                 embedding=on_embedding(sides),
                 plain=not on_kernel(sides),
             )
-            deltas.append(Dora(low_rank, as_vector(magnitudes[module])) if module in magnitudes else low_rank)
+            trained = Dora(low_rank, as_vector(magnitudes[module])) if module in magnitudes else low_rank
+            deltas.append(Residual(trained, start, low_rank.a.shape[0], scale) if start else trained)
             if module in biases:
                 deltas.append(ScaledVector(names[f"{module}.bias"], biases[module], scale))
         deltas += [parameter_delta(config, name, sides, names[name]) for name, sides in parameters.items()]

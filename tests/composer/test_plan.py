@@ -132,11 +132,11 @@ def test_a_rank_that_is_not_the_tensors_is_refused(
         ({"alora_invocation_tokens": [3]}, "activated"),
         ({"use_qalora": True}, "QALoRA"),
         ({"megatron_config": {"a": 1}}, "Megatron"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+        ({"init_lora_weights": "olora", "fan_in_fan_out": True}, "olora"),
     ],
 )
 def test_variants_whose_delta_is_not_the_plain_product_are_refused(
