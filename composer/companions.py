@@ -3,6 +3,7 @@ need another:
 
 dtype, no quantization_config     a number format was chosen, or the base is quantised and the output is not
 tie_word_embeddings false         both ends of a pair that the base ties are written
+num_hidden_layers                 layers of the base are used several times
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ def companion_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
 def _config(plan: Plan) -> bytes:
     path = plan.checkpoint.files["config.json"]
     dtype = plan.config_dtype
-    changes: dict[str, Any] = {"dtype": DTYPES[dtype]} if dtype else {}
-    if plan.untied:
-        changes["tie_word_embeddings"] = False
+    changes: dict[str, Any] = {**plan.config_changes, **({"dtype": DTYPES[dtype]} if dtype else {})}
     if not changes:
         return path.read_bytes()
     config = read_json(path)

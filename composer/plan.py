@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from composer.adapters import Adapter, Binding
 from composer.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ from composer.methods import MergeMethod, find_method
 from composer.places import places
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
+from composer.replication import layer_map, replicate
 from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
@@ -165,6 +167,13 @@ class Plan:
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
     untied: Ends | None = None
+    layers: tuple[int, ...] | None = None  # the base's layer that each of the output's is, where some are used again
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of config.json that the output needs otherwise than the base, besides its number format."""
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
+        return {**changes, **({"num_hidden_layers": len(self.layers)} if self.layers else {})}
 
     @property
     def nbytes(self) -> int:
@@ -205,13 +214,17 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     (unknown method or parameter, too many adapters for it, a module pattern that fits nothing).
     """
     find_scheme(checkpoint.config)
+    layers = _layers([term for term in terms if _counts(term)])
+    base, checkpoint = checkpoint, replicate(checkpoint, layers) if layers else checkpoint
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
     _check_terms(method, [term for term in terms if _counts(term)])
     changes: dict[str, list[WeightedDelta]] = {}
     ends = tied_ends(checkpoint)
     for index, term in enumerate(terms):
-        resolved = _resolve(term, checkpoint, ends, recipe)
+        own = layer_map(term.adapter.config)
+        view = checkpoint if own == layers else replicate(base, own) if own else base
+        resolved = _resolve(term, view, ends, recipe)
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
@@ -236,7 +249,21 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         layout = [(job.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), untied)
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), untied, layers)
+
+
+def _layers(terms: Sequence[Term]) -> tuple[int, ...] | None:
+    """How the terms replicate the base's layers. Raises IncompatibleError where they disagree."""
+    maps = {layer_map(term.adapter.config) for term in terms}
+    if len(maps) > 1:
+        raise IncompatibleError(
+            "the adapters use the base's layers in different ways (layer_replication): they are of models of different "
+            "depth",
+            expected="one layer_replication in all adapters",
+            found={term.label: term.adapter.config.get("layer_replication") for term in terms},
+            remedy="compose the one that replicates layers first, and the others with the result",
+        )
+    return maps.pop() if maps else None
 
 
 def _sources(checkpoint: Checkpoint, untied: Ends | None) -> dict[str, TensorSpec | QuantisedTensor]:

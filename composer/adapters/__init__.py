@@ -68,6 +68,8 @@ class Signature:
     """What an adapter needs of a base, known from its own header: the catalogue stores it.
 
     `optional` are biases that are touched where the base has them, each next to a weight among the targets.
+    Where the adapter uses layers of its base several times, `targets` are the base's own tensors, and `replicas` those
+    of the deeper model, which the adapter's tensors are named after.
     """
 
     kind: str
@@ -77,6 +79,7 @@ class Signature:
     alpha: float | None = None
     target_modules: tuple[str, ...] = ()
     optional: tuple[Target, ...] = ()
+    replicas: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +156,9 @@ class Adapter:
         return self.config.get("base_model_name_or_path") or None
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-        """Resolve this adapter's parameters against a base's tensor names and shapes."""
-        return bind_optional(bind_targets(self.signature.targets, shapes), self.signature.optional, shapes)
+        """Resolve this adapter's parameters against tensor names and shapes: a base's, or those of its deeper model."""
+        targets = self.signature.replicas or self.signature.targets
+        return bind_optional(bind_targets(targets, shapes), self.signature.optional, shapes)
 
     def deltas(self, names: Mapping[str, str]) -> list[Delta]:
         """The changes, in the order of the adapter's tensors."""

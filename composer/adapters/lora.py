@@ -44,6 +44,7 @@ from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_dora import Dora, ScaledVector
 from composer.deltas_residual import Residual
 from composer.errors import CorruptFileError
+from composer.replication import layer_map, original_name
 from composer.tensors import FLOAT_DTYPES, SafetensorsHeader
 
 __all__ = ["Lora"]
@@ -59,7 +60,6 @@ class Lora:
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Refuse the variants of LoRA whose delta is not s·B·A, and files that do not pair up."""
         unsupported = {
-            "layer_replication": "layer replication",
             "alora_invocation_tokens": "activated LoRA (it depends on the input)",
             "use_qalora": "QALoRA",
             "megatron_config": "Megatron layers",
@@ -73,6 +73,7 @@ class Lora:
                     remedy="merge it with PEFT, or retrain without it",
                 )
         check_numbers(config)
+        layers = layer_map(config)
         factors = factors_of(header)
         if not factors:
             raise CorruptFileError(
@@ -88,6 +89,8 @@ class Lora:
         check_start(config, header, modules, parameters)
         check_extras(config, header, modules)
         check_tokens(config, header)
+        for module in modules if layers else ():
+            original_name(f"{module}.weight", layers)
         for module, copy in copies_of(header).items():
             shape = base_shape(modules[module], config)
             if copy.shape != shape:
@@ -118,9 +121,12 @@ class Lora:
         targets += token_targets(header)
         targets += [Target(parameter, spec.shape) for parameter, spec in whole_of(header).items()]
         named = sorted({name.rpartition(".")[2] for name in (*modules, *parameters)})
+        layers = layer_map(config)
+        originals = {original_name(t.parameter, layers): t.shape for t in targets} if layers else {}
         return Signature(
             kind=self.name,
-            targets=tuple(targets),
+            targets=tuple(Target(name, shape) for name, shape in originals.items()) or tuple(targets),
+            replicas=tuple(targets) if layers else (),
             parameters=parameter_count(header),
             rank=config["r"],
             alpha=config["lora_alpha"],

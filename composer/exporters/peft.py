@@ -54,12 +54,13 @@ class PeftExporter:
         Raises RecipeError (no adapters, a method that gives no factors), UnsupportedAdapterError (a delta that is not
         low-rank) or IncompatibleError (adapters of modules that no one model class names).
         """
-        if plan.untied is not None:
+        if plan.untied is not None or plan.layers is not None:
+            what = "untie the ends of its base" if plan.untied else "be one for all copies of a layer"
             raise IncompatibleError(
-                "a LoRA cannot untie the ends of its base",
-                expected="merged weights",
-                found={"untie": True, "export": "peft"},
-                remedy="compose to safetensors, or leave out the adapter that changes one end",
+                f"a LoRA cannot {what}",
+                expected="adapters that leave the base's tensors as they are named and tied",
+                found="layer_replication" if plan.layers else "untie",
+                remedy="compose to safetensors, or leave out the adapter that asks for it",
             )
         method = find_method(plan.recipe.method)
         if method.name not in SUMS and not method.factors:

@@ -128,7 +128,6 @@ def test_a_rank_that_is_not_the_tensors_is_refused(
     ("config", "word"),
     [
         ({"use_dora": True, "lora_bias": True}, "DoRA"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "replication"),
         ({"alora_invocation_tokens": [3]}, "activated"),
         ({"use_qalora": True}, "QALoRA"),
         ({"megatron_config": {"a": 1}}, "Megatron"),
