@@ -4,6 +4,7 @@ need another:
 dtype, no quantization_config     a number format was chosen, or the base is quantised and the output is not
 tie_word_embeddings false         both ends of a pair that the base ties are written
 num_hidden_layers                 layers of the base are used several times
+vocab_size                        the vocabulary was resized; the tokenizer is then the adapter's
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from composer.files import copy_names, read_json
 from composer.plan import Plan
+from composer.vocabulary import tokenizer_files
 
 __all__ = ["companion_files"]
 
@@ -22,8 +24,12 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 def companion_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
     """The files that go along with the weights, by name: configs, tokenizer, chat template."""
-    for name in copy_names(plan.checkpoint.files):
-        yield name, _config(plan) if name == "config.json" else plan.checkpoint.files[name].read_bytes()
+    files = {name: plan.checkpoint.files[name] for name in copy_names(plan.checkpoint.files)}
+    if plan.vocabulary:
+        others = {name: path for name, path in files.items() if name not in tokenizer_files(files)}
+        files = {**others, **plan.vocabulary.tokenizer}
+    for name, path in files.items():
+        yield name, _config(plan) if name == "config.json" else path.read_bytes()
 
 
 def _config(plan: Plan) -> bytes:

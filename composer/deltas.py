@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from composer.errors import NonFiniteError, TargetMismatchError
+from composer.errors import CorruptFileError, NonFiniteError, TargetMismatchError
 from composer.product import product
 from composer.tensors import DTYPES, TensorSpec
 
@@ -143,16 +143,23 @@ class LoadedLowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """The adapter carries the whole tensor: it takes the base's place. A weight other than 1 is refused by the plan."""
+    """The adapter carries the whole tensor: it takes the base's place. A weight other than 1 is refused by the plan.
+
+    copies: the same once more, which must be equal. unused: what PEFT saves besides it and does not load again.
+    shares_ends: PEFT saved it because the vocabulary was resized, so that it is of both ends where these are tied.
+    """
 
     target: str
     tensor: TensorSpec
+    copies: tuple[TensorSpec, ...] = ()
+    unused: tuple[TensorSpec, ...] = ()
+    shares_ends: bool = False
     replaces: bool = True
     whole: bool = False
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        return (self.tensor,)
+        return (self.tensor, *self.copies, *self.unused)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise TargetMismatchError unless the base's tensor has this shape."""
@@ -166,7 +173,17 @@ class Replace:
             )
 
     def load(self) -> LoadedReplace:
-        return LoadedReplace(read_array(self.tensor))
+        loaded = read_array(self.tensor)
+        for copy in self.copies:
+            if not np.array_equal(read_array(copy), loaded):
+                raise CorruptFileError(
+                    f"{copy.name} and {self.tensor.name} are one tensor of a tied base, but differ",
+                    expected="equal numbers",
+                    found="other values",
+                    remedy="the training untied them: it belongs on a base with tie_word_embeddings false",
+                    tensor=copy.name,
+                )
+        return LoadedReplace(loaded)
 
 
 @dataclass(frozen=True, slots=True)

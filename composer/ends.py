@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
-from composer.deltas import Delta
+from composer.deltas import Delta, Replace
 from composer.deltas_rows import TokenRows
 from composer.errors import IncompatibleError, TiedWeightsError
 
@@ -57,9 +57,14 @@ def tied(checkpoint: Checkpoint) -> bool:
     return bool(config.get("tie_word_embeddings", inner))
 
 
+def decoder_ends(checkpoint: Checkpoint) -> Ends | None:
+    """The ends of a decoder, tied or not; None where it has not exactly one embedding to name them by."""
+    return _decoder_ends(checkpoint.tensors, checkpoint.architecture)
+
+
 def tied_ends(checkpoint: Checkpoint) -> Ends | None:
-    """The tied pair of a decoder; None where there is none, or not exactly one embedding to name it by."""
-    return _decoder_ends(checkpoint.tensors, checkpoint.architecture) if tied(checkpoint) else None
+    """The tied pair of a decoder; None where there is none."""
+    return decoder_ends(checkpoint) if tied(checkpoint) else None
 
 
 def with_tied_head(shapes: Mapping[str, tuple[int, ...]], architecture: str) -> dict[str, tuple[int, ...]]:
@@ -80,23 +85,26 @@ def _decoder_ends(names: Iterable[str], architecture: str) -> Ends | None:
 def keep_tied(label: str, deltas: Sequence[Delta], ends: Ends | None, *, allowed: bool) -> list[Delta]:
     """The deltas of one adapter for a base whose ends are tied.
 
-    Trained rows that both ends have alike become one delta of the embedding; rows of the head alone, or of other
-    tokens than the embedding's, take the ends apart like any other change of one of them.
+    What PEFT saves of both ends though it is one there (trained rows, the tensor of a resized vocabulary) becomes one
+    delta of the embedding. Rows of the head alone, or of other tokens than the embedding's, take the ends apart like
+    any other change of one of them.
     Raises TiedWeightsError where the ends part and the recipe does not allow it, or `ends` is None.
     """
-    kept = _fold_rows(deltas, ends) if ends else list(deltas)
+    kept = _fold(deltas, ends) if ends else list(deltas)
     for delta in kept:
         if is_end(delta.target) and not _shares_ends(delta) and not (allowed and ends):
             raise refuse_tied(label, delta.target, ends)
     return kept
 
 
-def _fold_rows(deltas: Sequence[Delta], ends: Ends) -> list[Delta]:
+def _fold(deltas: Sequence[Delta], ends: Ends) -> list[Delta]:
     by_target = {delta.target: delta for delta in deltas}
     embedding, head = by_target.get(ends.embedding), by_target.get(ends.head)
-    if not isinstance(head, TokenRows):
+    if not isinstance(head, TokenRows | Replace) or not head.shares_ends:
         return list(deltas)
-    if isinstance(embedding, TokenRows) and embedding.indices == head.indices:
+    rows = isinstance(embedding, TokenRows) and isinstance(head, TokenRows) and embedding.indices == head.indices
+    whole = isinstance(embedding, Replace) and isinstance(head, Replace) and embedding.shares_ends
+    if rows or whole:
         both = replace(embedding, copies=(*embedding.copies, *head.sources))
         return [both if delta is embedding else delta for delta in deltas if delta is not head]
     return [replace(delta, shares_ends=False) if isinstance(delta, TokenRows) else delta for delta in deltas]
@@ -117,7 +125,7 @@ def untie(
     shared = [item for item in touching if _shares_ends(item.delta)]
     heads = []
     for item in shared:
-        if not isinstance(item.delta, TokenRows):
+        if not isinstance(item.delta, TokenRows | Replace):
             raise IncompatibleError(
                 f"{labels[apart[0].term]} changes one end of the tied pair {ends.embedding}, and "
                 f"{labels[item.term]} is a full fine-tune that keeps it tied",
@@ -127,7 +135,7 @@ def untie(
             )
         heads.append(replace(item, delta=replace(item.delta, target=ends.head)))
     both = sorted([*changes.get(ends.head, ()), *heads], key=lambda item: item.term)
-    return ends, {**changes, ends.head: both}
+    return ends, {**changes, **({ends.head: both} if both else {})}
 
 
 def _shares_ends(delta: Any) -> bool:

@@ -38,6 +38,7 @@ from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
 from composer.replication import layer_map, replicate
 from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.vocabulary import Vocabulary, refuse_resized, resized_vocabulary
 
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
 
@@ -168,12 +169,14 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     untied: Ends | None = None
     layers: tuple[int, ...] | None = None  # the base's layer that each of the output's is, where some are used again
+    vocabulary: Vocabulary | None = None  # where it is not the base's
 
     @property
     def config_changes(self) -> dict[str, Any]:
         """Fields of config.json that the output needs otherwise than the base, besides its number format."""
         changes: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
-        return {**changes, **({"num_hidden_layers": len(self.layers)} if self.layers else {})}
+        changes |= {"num_hidden_layers": len(self.layers)} if self.layers else {}
+        return changes | ({"vocab_size": self.vocabulary.size} if self.vocabulary else {})
 
     @property
     def nbytes(self) -> int:
@@ -229,8 +232,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
                 changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
-    untied, changes = untie(ends, changes, [term.label for term in terms])
+    labels = [term.label for term in terms]
+    untied, changes = untie(ends, changes, labels)
     sources = _sources(checkpoint, untied)
+    vocabulary = resized_vocabulary(checkpoint, changes, [term.adapter.files for term in terms], labels)
     for target, deltas in changes.items():
         _check_combination(target, deltas, terms, sources[target])
         _check_factors(method, target, deltas, terms)
@@ -239,17 +244,25 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         names = list(shard.tensors)
         if untied and untied.embedding in names and untied.head not in checkpoint.tensors:
             names.insert(names.index(untied.embedding) + 1, untied.head)
-        jobs = tuple(
-            TensorJob(
-                sources[name], _output_dtype(recipe.dtype, sources[name]), tuple(changes.get(name, ())), method,
-                None if sources[name].name == name else name,
-            )
-            for name in names
-        )  # fmt: skip
+        jobs = tuple(_job(name, sources[name], tuple(changes.get(name, ())), recipe, method) for name in names)
         layout = [(job.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), untied, layers)
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), untied, layers, vocabulary)
+
+
+def _job(
+    name: str,
+    source: TensorSpec | QuantisedTensor,
+    deltas: tuple[WeightedDelta, ...],
+    recipe: Recipe,
+    method: MergeMethod,
+) -> TensorJob:
+    """One tensor of the output; what a Replace brings in another shape than the base's is read where that lies."""
+    dtype = _output_dtype(recipe.dtype, source)
+    if deltas and isinstance(deltas[0].delta, Replace) and deltas[0].delta.tensor.shape != source.shape:
+        source = deltas[0].delta.tensor
+    return TensorJob(source, dtype, deltas, method, None if source.name == name else name)
 
 
 def _layers(terms: Sequence[Term]) -> tuple[int, ...] | None:
@@ -308,7 +321,7 @@ def _resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, recipe: Reci
         )
     for delta in deltas:
         _check_layout(term.label, delta, shapes[delta.target], checkpoint)
-        if isinstance(delta, TokenRows | Replace):
+        if isinstance(delta, TokenRows) or (isinstance(delta, Replace) and not is_end(delta.target)):
             delta.check(shapes[delta.target])
     return keep_tied(term.label, deltas, ends, allowed=recipe.untie) if tied(checkpoint) else deltas
 
@@ -336,15 +349,7 @@ def _check_vocabulary(label: str, binding: Binding) -> None:
     for mismatch in binding.mismatches:
         found = mismatch.found
         if is_end(mismatch.parameter) and found and found[1:] == mismatch.expected[1:]:
-            raise TargetMismatchError(
-                f"{label}: {mismatch.parameter} has {mismatch.expected[0]} rows in the adapter and {found[0]} in the "
-                "base: the vocabulary was resized for the training",
-                expected=list(mismatch.expected),
-                found=list(found),
-                remedy=f"resize the base as the training did (resize_token_embeddings({mismatch.expected[0]})), "
-                "save it and compose with that base",
-                keys=[mismatch.parameter],
-            )
+            raise refuse_resized(label, mismatch.parameter, mismatch.expected, found)
 
 
 def _check_layout(label: str, delta: Delta, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:

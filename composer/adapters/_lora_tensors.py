@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from composer.adapters import refuse
+from composer.adapters import ANY_SIZE, Target, refuse
 from composer.adapters._common import PREFIX, WRAPPED
 from composer.adapters._tokens import token_tensors
+from composer.deltas import Replace
+from composer.ends import is_end
 from composer.errors import CorruptFileError
 from composer.tensors import SafetensorsHeader, TensorSpec
 
@@ -25,7 +28,9 @@ __all__ = [
     "is_transposed",
     "on_embedding",
     "on_kernel",
+    "whole_deltas",
     "whole_of",
+    "whole_targets",
 ]
 
 FACTOR = re.compile(
@@ -35,6 +40,7 @@ EXTRA = {
     "lora_bias": re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias"),
     "use_dora": re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"),
 }
+PARTS = re.compile(r"\.(?:modules_to_save(?:\.default)?|original_module)\.")
 COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 
 
@@ -74,15 +80,54 @@ def extras_of(header: SafetensorsHeader, option: str) -> dict[str, TensorSpec]:
     return {match["module"]: spec for match, spec in matches if match}
 
 
-def whole_of(header: SafetensorsHeader) -> dict[str, TensorSpec]:
+def whole_of(header: SafetensorsHeader) -> dict[str, list[TensorSpec]]:
+    """The tensors that take the base's place, by parameter, and after each what PEFT saves besides it.
+
+    Where the vocabulary was resized, the parts of a trained end's wrapper lie beside it: PEFT loads none of them again.
+    """
     used = {spec.name for spec in copies_of(header).values()}
     used |= {spec.name for option in EXTRA for spec in extras_of(header, option).values()}
     used |= {spec.name for spec in token_tensors(header).values()}
-    return {
-        WRAPPED.sub("", name.removeprefix(PREFIX)): spec
-        for name, spec in sorted(header.tensors.items())
-        if name not in used and not FACTOR.fullmatch(name.removeprefix(PREFIX))
-    }
+    found: dict[str, list[TensorSpec]] = {}
+    for name, spec in sorted(header.tensors.items(), key=lambda item: (len(item[0]), item[0])):
+        short = name.removeprefix(PREFIX)
+        if name in used or FACTOR.fullmatch(short):
+            continue
+        parameter = WRAPPED.sub("", short)
+        if is_end(parameter) and parameter in found and PARTS.search(short):
+            found[parameter].append(spec)
+        else:
+            found[parameter] = [spec]
+    return dict(sorted(found.items()))
+
+
+def whole_targets(header: SafetensorsHeader) -> list[Target]:
+    """The own shape of each; where both ends are there in one number of rows, the base may have another."""
+    whole = whole_of(header)
+    shapes = {parameter: specs[0].shape for parameter, specs in whole.items()}
+    resizable = both_ends(whole) if len({shapes[end][:1] for end in both_ends(whole)}) == 1 else ()
+    return [
+        Target(parameter, (ANY_SIZE, *shape[1:]) if parameter in resizable else shape)
+        for parameter, shape in shapes.items()
+    ]
+
+
+def whole_deltas(config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[Replace]:
+    """One Replace each. Ends that modules_to_save does not name were saved because the vocabulary was resized."""
+    whole = whole_of(header)
+    saved = config.get("modules_to_save") or []
+    trained = [end for end in both_ends(whole) if any(f".{name}." in f".{end}" for name in saved)]
+    shared = () if trained else both_ends(whole)
+    return [
+        Replace(names[parameter], first, unused=tuple(rest), shares_ends=parameter in shared)
+        for parameter, (first, *rest) in whole.items()
+    ]
+
+
+def both_ends(whole: Mapping[str, Any]) -> tuple[str, ...]:
+    """The input embedding and the output head, where both are among the parameters."""
+    ends = tuple(parameter for parameter in whole if is_end(parameter))
+    return ends if len(ends) == 2 else ()
 
 
 def check_extras(config: dict[str, Any], header: SafetensorsHeader, factors: dict[str, dict[str, TensorSpec]]) -> None:

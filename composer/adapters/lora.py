@@ -37,10 +37,11 @@ from composer.adapters._lora_tensors import (
     is_transposed,
     on_embedding,
     on_kernel,
-    whole_of,
+    whole_deltas,
+    whole_targets,
 )
 from composer.adapters._tokens import check_tokens, token_deltas, token_targets
-from composer.deltas import Delta, LowRank, Replace
+from composer.deltas import Delta, LowRank
 from composer.deltas_dora import Dora, ScaledVector
 from composer.deltas_residual import Residual
 from composer.errors import CorruptFileError
@@ -119,7 +120,7 @@ class Lora:
         targets += [parameter_target(config, parameter, sides) for parameter, sides in parameters.items()]
         targets += [Target(f"{module}.bias", spec.shape) for module, spec in extras_of(header, "lora_bias").items()]
         targets += token_targets(header)
-        targets += [Target(parameter, spec.shape) for parameter, spec in whole_of(header).items()]
+        targets += whole_targets(header)
         named = sorted({name.rpartition(".")[2] for name in (*modules, *parameters)})
         layers = layer_map(config)
         originals = {original_name(t.parameter, layers): t.shape for t in targets} if layers else {}
@@ -160,5 +161,4 @@ class Lora:
                 deltas.append(ScaledVector(names[f"{module}.bias"], biases[module], scale))
         deltas += [parameter_delta(config, name, sides, names[name]) for name, sides in parameters.items()]
         deltas += token_deltas(config, header, names)
-        deltas += [Replace(names[parameter], spec) for parameter, spec in whole_of(header).items()]
-        return deltas
+        return [*deltas, *whole_deltas(config, header, names)]

@@ -54,12 +54,16 @@ class PeftExporter:
         Raises RecipeError (no adapters, a method that gives no factors), UnsupportedAdapterError (a delta that is not
         low-rank) or IncompatibleError (adapters of modules that no one model class names).
         """
-        if plan.untied is not None or plan.layers is not None:
-            what = "untie the ends of its base" if plan.untied else "be one for all copies of a layer"
+        beyond = {
+            "untie the ends of its base": plan.untied,
+            "be one for all copies of a layer": plan.layers,
+            "resize the vocabulary of its base": plan.vocabulary,
+        }
+        if what := next((what for what, asked in beyond.items() if asked), None):
             raise IncompatibleError(
                 f"a LoRA cannot {what}",
-                expected="adapters that leave the base's tensors as they are named and tied",
-                found="layer_replication" if plan.layers else "untie",
+                expected="adapters that leave the base's tensors as they are named, sized and tied",
+                found=plan.config_changes,
                 remedy="compose to safetensors, or leave out the adapter that asks for it",
             )
         method = find_method(plan.recipe.method)
