@@ -147,6 +147,7 @@ class Replace:
 
     copies: the same once more, which must be equal. unused: what PEFT saves besides it and does not load again.
     shares_ends: PEFT saved it because the vocabulary was resized, so that it is of both ends where these are tied.
+    rows, indices: rows [n, d] that were trained apart from it, and where in it they belong.
     """
 
     target: str
@@ -154,12 +155,14 @@ class Replace:
     copies: tuple[TensorSpec, ...] = ()
     unused: tuple[TensorSpec, ...] = ()
     shares_ends: bool = False
+    rows: TensorSpec | None = None
+    indices: tuple[int, ...] = ()
     replaces: bool = True
     whole: bool = False
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        return (self.tensor, *self.copies, *self.unused)
+        return (self.tensor, *self.copies, *self.unused, *(() if self.rows is None else (self.rows,)))
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise TargetMismatchError unless the base's tensor has this shape."""
@@ -183,6 +186,8 @@ class Replace:
                     remedy="the training untied them: it belongs on a base with tie_word_embeddings false",
                     tensor=copy.name,
                 )
+        if self.rows is not None:
+            loaded[list(self.indices)] = read_array(self.rows)
         return LoadedReplace(loaded)
 
 

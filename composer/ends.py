@@ -105,7 +105,9 @@ def _fold(deltas: Sequence[Delta], ends: Ends) -> list[Delta]:
     rows = isinstance(embedding, TokenRows) and isinstance(head, TokenRows) and embedding.indices == head.indices
     whole = isinstance(embedding, Replace) and isinstance(head, Replace) and embedding.shares_ends
     if rows or whole:
-        both = replace(embedding, copies=(*embedding.copies, *head.sources))
+        both = replace(embedding, copies=(*embedding.copies, head.tensor))
+        if isinstance(head, Replace):  # its trained rows, if it has any, are those of the embedding
+            both = replace(both, unused=(*both.unused, *head.sources[1:]))
         return [both if delta is embedding else delta for delta in deltas if delta is not head]
     return [replace(delta, shares_ends=False) if isinstance(delta, TokenRows) else delta for delta in deltas]
 

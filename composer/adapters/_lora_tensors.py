@@ -10,7 +10,7 @@ from typing import Any
 
 from composer.adapters import ANY_SIZE, Target, refuse
 from composer.adapters._common import PREFIX, WRAPPED
-from composer.adapters._tokens import token_tensors
+from composer.adapters._tokens import token_indices, token_tensors
 from composer.deltas import Replace
 from composer.ends import is_end
 from composer.errors import CorruptFileError
@@ -93,7 +93,7 @@ def whole_of(header: SafetensorsHeader) -> dict[str, list[TensorSpec]]:
         short = name.removeprefix(PREFIX)
         if name in used or FACTOR.fullmatch(short):
             continue
-        parameter = WRAPPED.sub("", short)
+        parameter = WRAPPED.sub("", short).replace(".token_adapter.", ".")
         if is_end(parameter) and parameter in found and PARTS.search(short):
             found[parameter].append(spec)
         else:
@@ -118,10 +118,15 @@ def whole_deltas(config: dict[str, Any], header: SafetensorsHeader, names: Mappi
     saved = config.get("modules_to_save") or []
     trained = [end for end in both_ends(whole) if any(f".{name}." in f".{end}" for name in saved)]
     shared = () if trained else both_ends(whole)
-    return [
-        Replace(names[parameter], first, unused=tuple(rest), shares_ends=parameter in shared)
-        for parameter, (first, *rest) in whole.items()
-    ]
+    tokens = token_tensors(header)
+    deltas = []
+    for parameter, (first, *rest) in whole.items():
+        delta = Replace(names[parameter], first, unused=tuple(rest), shares_ends=parameter in shared)
+        module = parameter.removesuffix(".weight")
+        if module in tokens:
+            delta = replace(delta, rows=tokens[module], indices=token_indices(config, module))
+        deltas.append(delta)
+    return deltas
 
 
 def both_ends(whole: Mapping[str, Any]) -> tuple[str, ...]:

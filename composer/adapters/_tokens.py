@@ -1,6 +1,7 @@
 """Trained rows of an embedding or a head, as PEFT saves them within a LoRA and as a kind of their own.
 
 <module>.token_adapter.trainable_tokens_delta [n, d]        LoRA, trainable_token_indices: [i, …] or {layer: [i, …]}
+<module>.token_adapter.base_layer.weight [V, d]             the rest of the rows, where the vocabulary was resized
 <module>.trainable_tokens_delta [n, d]                      TRAINABLE_TOKENS, token_indices: [i, …]
 
 Where the ends of a model are tied, PEFT trains their rows as one and may save them under both names.
@@ -17,7 +18,9 @@ from composer.adapters._common import PREFIX, damaged
 from composer.deltas_rows import TokenRows
 from composer.tensors import SafetensorsHeader, TensorSpec
 
-__all__ = ["check_tokens", "token_deltas", "token_targets", "token_tensors"]
+__all__ = ["check_tokens", "token_deltas", "token_indices", "token_targets", "token_tensors"]
+
+REST = ".token_adapter.base_layer.weight"
 
 ROWS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
 
@@ -41,19 +44,33 @@ def check_tokens(config: dict[str, Any], header: SafetensorsHeader) -> None:
             raise damaged(f"adapter_config.json names a token of {module} twice", "each token once", indices[:20])
         if len(spec.shape) != 2 or spec.shape[0] != len(indices):
             raise damaged(f"{spec.name} is not one row a token", f"[{len(indices)}, d]", list(spec.shape))
+        whole = header.tensors.get(f"{PREFIX}{module}{REST}")
+        if whole is not None and (whole.shape[1:] != spec.shape[1:] or max(indices) >= whole.shape[0]):
+            raise damaged(f"{whole.name} has no place for the trained rows", f"rows for {max(indices)}", whole.shape)
 
 
 def token_targets(header: SafetensorsHeader) -> list[Target]:
     """[any, d] for each module: the adapter does not say how large the vocabulary is."""
-    return [Target(f"{module}.weight", (ANY_SIZE, spec.shape[1])) for module, spec in token_tensors(header).items()]
+    return [Target(f"{module}.weight", (ANY_SIZE, spec.shape[1])) for module, spec in _alone(header).items()]
 
 
 def token_deltas(config: dict[str, Any], header: SafetensorsHeader, names: Mapping[str, str]) -> list[TokenRows]:
     """One TokenRows a module."""
     return [
-        TokenRows(names[f"{module}.weight"], spec, tuple(_indices(config, module)))
-        for module, spec in token_tensors(header).items()
+        TokenRows(names[f"{module}.weight"], spec, token_indices(config, module))
+        for module, spec in _alone(header).items()
     ]
+
+
+def token_indices(config: dict[str, Any], module: str) -> tuple[int, ...]:
+    """The tokens of a module with trained rows, checked before."""
+    return tuple(_indices(config, module))
+
+
+def _alone(header: SafetensorsHeader) -> dict[str, TensorSpec]:
+    """Rows that do not come with the rest of their matrix."""
+    found = token_tensors(header)
+    return {module: spec for module, spec in found.items() if f"{PREFIX}{module}{REST}" not in header.tensors}
 
 
 def _indices(config: dict[str, Any], module: str) -> Any:

@@ -211,7 +211,7 @@ def _check_delta(plan: Plan, job: TensorJob, item: WeightedDelta, names: Mapping
     delta, term = item.delta, plan.terms[item.term]
     if is_low_rank(delta) and job.name.endswith(".weight") and len(job.source.shape) == 2:
         return
-    if isinstance(delta, Replace) and _keeps(term.adapter, names[job.name]):
+    if isinstance(delta, Replace) and delta.rows is None and _keeps(term.adapter, names[job.name]):
         return
     kind = term.adapter.signature.kind
     raise UnsupportedAdapterError(

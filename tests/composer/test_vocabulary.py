@@ -57,6 +57,7 @@ def live(base: Path, adapter: Path, size: int = LARGER) -> torch.Tensor:
 
 
 BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
+TOKENS = {"trainable_token_indices": [14, 56]}
 
 
 @pytest.mark.parametrize(("name", "options", "untie"), [
@@ -65,6 +66,8 @@ BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
     ("tied", {}, False),
     ("tied", {}, True),
     ("tied", BOTH, True),
+    ("free", TOKENS, False),
+    ("tied", TOKENS, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [LARGER, 64])
 def test_a_resized_vocabulary_is_pefts_live_forward(
@@ -77,7 +80,7 @@ def test_a_resized_vocabulary_is_pefts_live_forward(
     torch.testing.assert_close(logits(load_model(tmp_path / "out"), size), wanted, atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == size == wanted.shape[-1]
-    assert ("lm_head.weight" in read_tensors(tmp_path / "out")) == (name == "free" or bool(options))
+    assert ("lm_head.weight" in read_tensors(tmp_path / "out")) == (name == "free" or options == BOTH)
 
 
 def test_the_tokenizer_is_the_adapters_alone(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -155,6 +158,16 @@ def test_a_second_adapter_that_replaces_an_end_is_refused(bases: dict[str, Path]
     one, two = (make(bases["free"], tmp_path / name, size) for name, size in (("one", 104), ("two", 112)))
     with pytest.raises(IncompatibleError, match="replaces the whole tensor"):
         plan_folders(bases["free"], [(one, 1.0), (two, 1.0)])
+
+
+def test_trained_rows_in_a_saved_embedding_are_not_left_out(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A LoRA of another rank would carry the embedding without them: it says so."""
+    from composer.errors import UnsupportedAdapterError
+    from composer.resize import resize_lora
+
+    adapter = open_adapter(make(bases["free"], tmp_path / "adapter", **TOKENS))
+    with pytest.raises(UnsupportedAdapterError, match="embed_tokens"):
+        resize_lora(adapter, tmp_path / "small", rank=1)
 
 
 def test_it_is_not_exported_as_a_lora(bases: dict[str, Path], tmp_path: Path) -> None:
