@@ -20,8 +20,8 @@ from composer.ends import is_end, tied
 from composer.errors import IncompatibleError, NonFiniteError, TargetMismatchError, UsageError
 from composer.factors import leading
 from composer.peft_format import FACTOR_NAMES, PREFIX, lora_config, model_card, share, write_json, write_tensors
-from composer.plan import CONV1D_MODELS, CONV1D_MODULES
 from composer.quantised import QuantisedTensor
+from composer.resolve import CONV1D_MODELS, CONV1D_MODULES
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec
 

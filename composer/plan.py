@@ -17,28 +17,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from composer.adapters import Adapter, Binding
+from composer.adapters import Adapter
 from composer.checkpoint import Checkpoint
 from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_checkpoint import CheckpointDelta
 from composer.deltas_experts import ExpertLowRank, ExpertSlice
 from composer.deltas_residual import Residual
-from composer.deltas_rows import TokenRows
-from composer.ends import Ends, is_end, keep_tied, refuse_tied, tied, tied_ends, untie
+from composer.ends import Ends, tied_ends, untie
 from composer.errors import (
     IncompatibleError,
     RecipeError,
-    TargetMismatchError,
     UnsupportedAdapterError,
 )
-from composer.experts import ExpertStack, expert_stacks
 from composer.methods import MergeMethod, find_method
-from composer.places import places
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
 from composer.replication import layer_map, replicate
+from composer.resolve import resolve
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
-from composer.vocabulary import Vocabulary, refuse_resized, resized_vocabulary
+from composer.vocabulary import Vocabulary, resized_vocabulary
 from composer.writer import ROOM_BYTES
 
 __all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
@@ -52,9 +49,6 @@ IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
 ROOMS = IN_FLIGHT + 4  # buffers of the output: those, and some on their way to the disk
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
 SCRATCH = 32  # bytes a number and delta that a method holds besides its arguments: masks, ranks, random numbers
-# Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
-CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
-CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
 SAFETENSORS_DTYPE = {Dtype.BF16: "BF16", Dtype.FP16: "F16", Dtype.FP32: "F32"}
 
 
@@ -230,7 +224,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     for index, term in enumerate(terms):
         own = layer_map(term.adapter.config)
         view = checkpoint if own == layers else replicate(base, own) if own else base
-        resolved = _resolve(term, view, ends, recipe)
+        resolved = resolve(term, view, ends, untie=recipe.untie)
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
@@ -285,91 +279,6 @@ def _layers(terms: Sequence[Term]) -> tuple[int, ...] | None:
 def _sources(checkpoint: Checkpoint, untied: Ends | None) -> dict[str, TensorSpec | QuantisedTensor]:
     """Where the base's numbers of each output tensor lie; an untied head begins as the embedding that it was."""
     return {**checkpoint.tensors, **({untied.head: checkpoint.tensors[untied.embedding]} if untied else {})}
-
-
-def _resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, recipe: Recipe) -> list[Delta]:
-    shapes = places(checkpoint)
-    binding = term.adapter.bind(shapes)
-    if binding.mismatches:
-        end = next((name for name in binding.names if is_end(name)), None)
-        if end and tied(checkpoint) and not recipe.untie:
-            raise refuse_tied(term.label, end, ends)
-        _check_vocabulary(term.label, binding)
-        listed = "; ".join(map(str, binding.mismatches[:3]))
-        raise TargetMismatchError(
-            f"{term.label}: {len(binding.mismatches)} of {len(term.adapter.signature.targets)} tensors do not fit the "
-            f"base: {listed}",
-            expected="a base whose tensors match the adapter's in name and shape",
-            found=[str(mismatch) for mismatch in binding.mismatches[:20]],
-            remedy="see 'registry bases ADAPTER' for the bases it fits",
-            keys=[mismatch.parameter for mismatch in binding.mismatches],
-        )
-    stacks = expert_stacks(checkpoint.shapes)
-    deltas = [
-        placed
-        for delta in term.adapter.deltas(binding.names)
-        for placed in _on_stored(term.label, delta, shapes[delta.target], stacks.get(delta.target), checkpoint)
-    ]
-    consumed = {source.name for delta in deltas for source in delta.sources}
-    wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
-    targets = [delta.target for delta in deltas]
-    if wrong or len(set(targets)) != len(targets):
-        wrong = wrong or sorted({target for target in targets if targets.count(target) > 1})
-        raise TargetMismatchError(
-            f"{term.label}: {len(wrong)} tensors would not be used exactly once: {', '.join(wrong[:3])}",
-            expected="every tensor of the adapter consumed exactly once",
-            found=wrong[:20],
-            remedy="the adapter's file and its config do not belong together: save it again",
-            keys=wrong,
-        )
-    for delta in deltas:
-        _check_layout(term.label, delta, shapes[delta.target], checkpoint)
-        if isinstance(delta, TokenRows) or (isinstance(delta, Replace) and not is_end(delta.target)):
-            delta.check(shapes[delta.target])
-    return keep_tied(term.label, deltas, ends, allowed=recipe.untie) if tied(checkpoint) else deltas
-
-
-def _on_stored(
-    label: str, delta: Delta, shape: tuple[int, ...], stack: ExpertStack | None, checkpoint: Checkpoint
-) -> list[Delta]:
-    """The same change as one of stored tensors: that of a stack of experts is one of each expert's own matrices."""
-    if isinstance(delta, ExpertLowRank):
-        return delta.placed(shape, stack, checkpoint.config)
-    if isinstance(delta, Residual):
-        return [delta.placed(checkpoint.tensors[delta.target])]
-    if stack is not None:
-        raise UnsupportedAdapterError(
-            f"{label} replaces {delta.target}, which this base stores expert by expert",
-            expected="low-rank changes of the experts",
-            found=type(delta).__name__,
-            remedy="save the base with its experts stacked, or train the adapter without modules_to_save on them",
-        )
-    return [delta]
-
-
-def _check_vocabulary(label: str, binding: Binding) -> None:
-    """Raise TargetMismatchError with both sizes where an embedding or head differs in its number of rows alone."""
-    for mismatch in binding.mismatches:
-        found = mismatch.found
-        if is_end(mismatch.parameter) and found and found[1:] == mismatch.expected[1:]:
-            raise refuse_resized(label, mismatch.parameter, mismatch.expected, found)
-
-
-def _check_layout(label: str, delta: Delta, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
-    """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
-    transposed = getattr(delta, "transposed", None)
-    if transposed is None or getattr(delta, "embedding", False) or len(shape) != 2 or shape[0] != shape[1]:
-        return
-    module = delta.target.removesuffix(".weight").rpartition(".")[2]
-    conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES
-    if transposed != conv1d:
-        raise IncompatibleError(
-            f"{label}: fan_in_fan_out={transposed} in adapter_config.json, but {delta.target} is "
-            f"{'[in, out]' if conv1d else '[out, in]'} in this base",
-            expected=conv1d,
-            found=transposed,
-            remedy="correct fan_in_fan_out in adapter_config.json and publish the adapter again",
-        )
 
 
 def _check_combination(
