@@ -40,14 +40,18 @@ def _kinds() -> str:
     import sys
 
     from composer.adapters import kinds
-    from composer.adapters.unmergeable import REASONS
+    from composer.adapters.unmergeable import REASONS, SWITCHES, UNTOLD
 
     lines = ["| `peft_type` | kind | on the weights |", "|---|---|---|"]
     for name, kind in sorted(kinds().items()):
         summary = (sys.modules[type(kind).__module__].__doc__ or "").strip().splitlines()[0]
+        switches = getattr(kind, "switches", ())
         for peft_type in kind.peft_types:
-            effect = f"refused: {REASONS[peft_type]}" if peft_type in REASONS else summary
-            lines.append(f"| `{peft_type}` | {name} | {effect} |")
+            reason = {**REASONS, **UNTOLD}.get(peft_type)
+            effect = f"refused: {reason}" if reason else summary
+            for switch in switches or ("",):
+                told = f"refused: {SWITCHES[switch]}" if switch in SWITCHES else effect
+                lines.append(f"| `{peft_type}`{f' with `{switch}`' if switch else ''} | {name} | {told} |")
     return "\n".join(lines)
 
 

@@ -234,7 +234,7 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             remedy="see 'registry bases ADAPTER' for the bases it fits",
             keys=[mismatch.parameter for mismatch in binding.mismatches],
         )
-    deltas = term.adapter.deltas(binding.names)
+    deltas = term.adapter.deltas(binding.names, checkpoint.tensors)
     consumed = {source.name for delta in deltas for source in delta.sources}
     wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
     targets = [delta.target for delta in deltas]
@@ -409,6 +409,7 @@ def _block_bytes(job: TensorJob) -> int:
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize
     widths += 4 * (2 if job.streamed else len(job.deltas))
+    widths += sum(getattr(item.delta, "scratch", 0) for item in job.deltas)
     widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
     if job.method and job.method.name != "linear":
         widths += SCRATCH * len(job.deltas)

@@ -22,12 +22,14 @@ from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeE
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
+from composer.quantised import QuantisedTensor
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
 __all__ = [
     "ANY_SIZE",
     "Adapter",
     "AdapterKind",
+    "BaseTensor",
     "Binding",
     "Mismatch",
     "Signature",
@@ -37,6 +39,7 @@ __all__ = [
     "open_adapter",
 ]
 
+BaseTensor = TensorSpec | QuantisedTensor
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
@@ -113,7 +116,11 @@ class AdapterKind(Protocol):
 
     name: str
     peft_types: tuple[str, ...]
-    # A kind may set `stored_tensors`: its deltas are of the tensors that a checkpoint stores, tied ones included.
+    # A kind may also have
+    #   stored_tensors = True          its deltas are of the tensors that a checkpoint stores, tied ones included
+    #   switches = ("kasa_config",)    config fields: it reads only the adapters of its types that set one of these
+    #   deltas_on(config, header, names, base)   in place of `deltas` where these depend on the base beyond its names;
+    #                                  base: adapter parameter -> the base's tensor, of which only the header is known
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""
@@ -153,9 +160,13 @@ class Adapter:
         """Resolve this adapter's parameters against a base's tensor names and shapes."""
         return bind_optional(bind_targets(self.signature.targets, shapes), self.signature.optional, shapes)
 
-    def deltas(self, names: Mapping[str, str]) -> list[Delta]:
-        """The changes, in the order of the adapter's tensors."""
-        return self.kind.deltas(self.config, self.header, names)
+    def deltas(self, names: Mapping[str, str], base: Mapping[str, BaseTensor] | None = None) -> list[Delta]:
+        """The changes, in the order of the adapter's tensors; base: its tensors by their own names."""
+        deltas_on = getattr(self.kind, "deltas_on", None)
+        if deltas_on is None or base is None:
+            return self.kind.deltas(self.config, self.header, names)
+        bound = {parameter: base[name] for parameter, name in names.items()}
+        return deltas_on(self.config, self.header, names, bound)
 
 
 K = TypeVar("K", bound=AdapterKind)
@@ -233,10 +244,14 @@ def _peft_view(where: str, files: FileSet, config: dict[str, Any]) -> View:
 
 def _find_kind(config: dict[str, Any]) -> AdapterKind:
     found = config.get("peft_type")
-    for kind in kinds().values():
-        if found in kind.peft_types:
+    able = [kind for kind in kinds().values() if found in kind.peft_types]
+    for kind in able:
+        if any(config.get(field) for field in getattr(kind, "switches", ())):
             return kind
-    known = sorted(name for kind in kinds().values() for name in kind.peft_types)
+    for kind in able:
+        if not getattr(kind, "switches", ()):
+            return kind
+    known = sorted({name for kind in kinds().values() for name in kind.peft_types})
     raise UnknownAdapterTypeError(
         f"adapters of type {found!r} cannot be read; these formats can: {readable()}",
         expected=f"peft_type of {', '.join(known)}, or another format: {readable()}",
