@@ -28,6 +28,7 @@ from composer.errors import (
     UnsupportedAdapterError,
 )
 from composer.methods import MergeMethod, find_method
+from composer.missing import missing_modules
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
@@ -236,6 +237,17 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             found=[str(mismatch) for mismatch in binding.mismatches[:20]],
             remedy="see 'registry bases ADAPTER' for the bases it fits",
             keys=[mismatch.parameter for mismatch in binding.mismatches],
+        )
+    missing = missing_modules(term.adapter.config, binding.names, checkpoint.shapes, checkpoint.config)
+    if missing:
+        raise TargetMismatchError(
+            f"{term.label}: its config lists target modules of which the file lacks {len(missing)}: "
+            f"{', '.join(missing[:3])}",
+            expected="every module of this base that target_modules names",
+            found=missing[:20],
+            remedy="the file is incomplete, or the adapter belongs to a base with fewer layers; if they were left out "
+            "on purpose, list the others by their full names in target_modules",
+            keys=missing,
         )
     deltas = term.adapter.deltas(binding.names, checkpoint.tensors)
     consumed = {source.name for delta in deltas for source in delta.sources}

@@ -467,7 +467,7 @@ def test_a_wrong_fan_in_fan_out_is_refused(bases: dict[str, Path], tmp_path: Pat
     make_adapter("ia3-conv1d", bases, tmp_path / "adapter")
     arrays = {name: a for name, a in adapter_arrays(tmp_path / "adapter").items() if "attn.c_proj" in name}
     square = copy_adapter(tmp_path / "adapter", tmp_path / "square", arrays)
-    edit_json(square / "adapter_config.json", fan_in_fan_out=False)
+    edit_json(square / "adapter_config.json", fan_in_fan_out=False, target_modules=["attn.c_proj"])
     with pytest.raises(IncompatibleError, match="fan_in_fan_out"):
         plan_folders(bases["gpt2"], [(square, 1.0)])
 
@@ -712,6 +712,29 @@ def test_a_missing_part_is_refused(case: str, bases: dict[str, Path], tmp_path: 
         rest = {other: array for other, array in arrays.items() if other != name}
         with pytest.raises(CorruptFileError):
             open_adapter(copy_adapter(tmp_path / "adapter", tmp_path / str(index), rest))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_missing_module_is_refused(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """A file that lacks all tensors of one module, its last or any other, is not merged without it.
+
+    TargetMismatchError names the module; or the kind has noticed by itself, as CorruptFileError.
+    """
+    make_adapter(case, bases, tmp_path / "adapter")
+    arrays = adapter_arrays(tmp_path / "adapter")
+    signature = open_adapter(tmp_path / "adapter").signature
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] or []
+    modules = [
+        target.parameter.rpartition(".")[0]
+        for target in signature.targets
+        if not any(name in target.parameter for name in (*saved, "pooler", "LayerNorm", "embeddings"))
+    ]
+    for index, module in enumerate([modules[0], modules[-1]]):
+        rest = {name: array for name, array in arrays.items() if f".{module}." not in name}
+        assert len(rest) < len(arrays)
+        cut = copy_adapter(tmp_path / "adapter", tmp_path / f"cut-{index}", rest)
+        with pytest.raises((TargetMismatchError, CorruptFileError)):
+            plan_folders(bases[CASES[case][0]], [(cut, 1.0)])
 
 
 NEW_KINDS = ["oft", "boft", "hra", "vera", "randlora", "fourierft", "vblora", "miss", "miss-bat", "miss-mini", "shira"]
