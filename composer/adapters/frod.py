@@ -3,7 +3,7 @@
 base_model.frod_V.<category> [in, in]   frod_s_indices.<category> [2, n] int64   frod_s_size.<category> [2] int64
 base_model.model.<module>.frod_lambda_l [in]   frod_lambda_s_values [n]
 
-W = U·diag(l)·Vᵀ with the columns of U of norm 1: U is computed from the base's W and V
+U·diag(l)·Vᵀ = W with the columns of U of norm 1: U is computed from the base's W and V
 W' = U·(diag(frod_lambda_l) + S)·Vᵀ     S is zero but for the values at the indices
 A category is the role of a module: the last two parts of its name, or the last one after a number.
 """

@@ -2,7 +2,7 @@
 
 base_model.model.<module>.miss_block [r, out]              W[o, i] += block[i mod r, o]
                           miss_block [r, mini_r]           init_weights="mini": W[o, i] += block[i mod r, o mod mini_r]
-                          miss_block [out / r, r, r]       init_weights="bat": each r × r block of W += W·B + B
+                          miss_block [out / r, r, r]       init_weights="bat", by r × r blocks: W += W·B + B
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class LoadedSparse:
 
 @adapter_kind
 class Shira(ModuleKind):
-    """Sparse changes to linear weights; the sizes of the weight are known by rank only, so the base says them."""
+    """Sparse changes to linear weights."""
 
     name = "shira"
     peft_types = ("SHIRA",)

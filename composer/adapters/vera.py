@@ -78,7 +78,7 @@ class Vera(DrawnKind):
 
 @adapter_kind
 class Pvera(Vera):
-    """VeRA with probabilistic latents, merged at their means."""
+    """Scaled slices of shared random projections at the mean of their latents, on linear weights."""
 
     name = "pvera"
     peft_types = ("PVERA",)
