@@ -18,9 +18,10 @@ __all__ = ["formulas", "render"]
 
 FORMULA = re.compile(r"(?:^|\s)(?:W|b|V|h₁')(?:'|\[[^\]]*\]|\.flat\[\w+\])?\s+(?:\+?=) ")
 INTRODUCTION = """\
-Written by `python -m cli.tables > docs/kinds.md`; a test fails when it is stale. W is a weight [out, in] of the base and
-b its bias, W' and b' what they become. The oracle of a row is the test that compares it with PEFT's own forward, with
-another library or with a formula in float64."""
+Written by `python -m cli.tables > docs/kinds.md`; a test fails when it is stale. W is a weight [out, in] of the base
+and b its bias, W' and b' what they become. The oracle of a row is the test that compares it with PEFT's own forward,
+with another library or with a formula in float64. The ten kinds that people use most are also trained on SmolLM2 and
+compared with the model they were trained in: tests/test_trained_kinds.py."""
 Oracles = Mapping[str, Mapping[str, str]]
 
 
