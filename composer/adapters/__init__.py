@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from composer.conditions import holds
 from composer.deltas import Delta
 from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
@@ -49,17 +50,32 @@ ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
 class Target:
     """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout.
 
-    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE.
+    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE; `conditions` (composer.conditions) say what it
+    knows of such sizes.
     """
 
     parameter: str
     shape: tuple[int, ...]
+    conditions: tuple[str, ...] = ()
 
     def fits(self, shape: tuple[int, ...] | None) -> bool:
         """Whether a base tensor of this shape (None: the base has no such tensor) can be the target."""
         if shape is None or len(shape) != len(self.shape):
             return False
-        return all(own in (ANY_SIZE, size) for own, size in zip(self.shape, shape, strict=True))
+        sizes = all(own in (ANY_SIZE, size) for own, size in zip(self.shape, shape, strict=True))
+        return sizes and all(holds(condition, shape) for condition in self.conditions)
+
+    @property
+    def needs(self) -> tuple[int | str, ...]:
+        """The sizes, then the conditions: what a catalogue keeps."""
+        return (*self.shape, *self.conditions)
+
+    @classmethod
+    def of(cls, parameter: str, needs: Iterable[int | str]) -> Target:
+        """The target that `needs` is of."""
+        given = tuple(needs)
+        sizes = tuple(size for size in given if isinstance(size, int))
+        return cls(parameter, sizes, tuple(text for text in given if isinstance(text, str)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +96,21 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """One parameter of the adapter that does not fit the base; `found` is None where the base lacks it."""
+    """One parameter of the adapter that does not fit the base; `found` is None where the base lacks it.
+
+    `expected` are the sizes, then the conditions on them.
+    """
 
     parameter: str
-    expected: tuple[int, ...]
+    expected: tuple[int | str, ...]
     found: tuple[int, ...] | None
 
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.parameter}: the base has no such tensor"
-        expected = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected)
-        return f"{self.parameter}: the adapter expects [{expected}], the base has {list(self.found)}"
+        sizes = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected if isinstance(size, int))
+        conditions = "".join(f" with {text}" for text in self.expected if isinstance(text, str))
+        return f"{self.parameter}: the adapter expects [{sizes}]{conditions}, the base has {list(self.found)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +292,7 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
     for rename in _prefix_rules(targets, shapes):
         names = {target.parameter: rename(target.parameter) for target in targets}
         mismatches = tuple(
-            Mismatch(target.parameter, target.shape, shapes.get(names[target.parameter]))
+            Mismatch(target.parameter, target.needs, shapes.get(names[target.parameter]))
             for target in targets
             if not target.fits(shapes.get(names[target.parameter]))
         )
@@ -311,7 +331,7 @@ def _bind_way(
         if len(candidates) > 1:
             mismatches.append(Ambiguity(target.parameter, target.shape, found, candidates))
         elif not target.fits(found):
-            mismatches.append(Mismatch(target.parameter, target.shape, found))
+            mismatches.append(Mismatch(target.parameter, target.needs, found))
     return Binding(names, tuple(mismatches))
 
 
@@ -325,7 +345,7 @@ def bind_optional(binding: Binding, optional: tuple[Target, ...], shapes: Mappin
             continue
         names[target.parameter] = name
         if not target.fits(shapes[name]):
-            mismatches.append(Mismatch(target.parameter, target.shape, shapes[name]))
+            mismatches.append(Mismatch(target.parameter, target.needs, shapes[name]))
     return Binding(names, tuple(mismatches))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from composer.adapters import Signature, Target, parameter_count, refuse
 from composer.adapters._common import PREFIX, check_floats, damaged, factors_by_module, module_names, whole_tensors
+from composer.conditions import turned
 from composer.deltas import BlockDelta, Delta, LoadedLowRank, Replace
 from composer.errors import TargetMismatchError
 from composer.tensors import SafetensorsHeader, TensorSpec
@@ -81,6 +82,10 @@ class ModuleKind:
         """[out, in] of the module's weight, ANY_SIZE where the parts do not say; raises CorruptFileError."""
         raise NotImplementedError
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        """What is known of the sizes that `shape` leaves open, as composer.conditions of [out, in]."""
+        return ()
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         """The change of the weight [out, in]; reads the parts."""
         raise NotImplementedError
@@ -128,9 +133,12 @@ class ModuleKind:
         targets, optional = [], []
         for module, parts in modules.items():
             shape = self.shape(config, module, parts)
-            targets.append(Target(f"{module}.{self.parameter}", shape[::-1] if config.get("fan_in_fan_out") else shape))
             if self.changes_bias:
                 optional.append(Target(f"{module}.bias", shape[:1]))
+            conditions = self.conditions(config, parts)
+            if config.get("fan_in_fan_out"):
+                shape, conditions = shape[::-1], tuple(map(turned, conditions))
+            targets.append(Target(f"{module}.{self.parameter}", shape, conditions))
         targets += [Target(name, spec.shape) for name, spec in self._whole(header).items()]
         rank = config.get("r")
         return Signature(

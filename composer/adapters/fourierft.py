@@ -69,6 +69,9 @@ class Fourierft(ModuleKind):
             )
         return (ANY_SIZE, ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        return (f"product >= {parts['fourierft_spectrum'].shape[0]}",)
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         return LoadedSpectrum(
             read_array(parts["fourierft_spectrum"]), config["random_loc_seed"], float(config["scaling"])

@@ -67,6 +67,12 @@ class Miss(ModuleKind):
             return (ANY_SIZE, ANY_SIZE)
         return (found[0] * found[1] if init == "bat" else found[1], ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        init = config.get("init_weights")
+        if init == "bat":
+            return (f"columns multiple of {config['r']}",)
+        return (f"rows multiple of {config['mini_r']}",) if init == "mini" else ()
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         block = read_array(parts["miss_block"])
         return LoadedBlockAffine(block) if block.ndim == 3 else LoadedRepeated(np.ascontiguousarray(block.T))

@@ -73,6 +73,11 @@ class Randlora(DrawnKind):
             )
         return (ANY_SIZE, ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        least = parts["randlora_gamma"].shape[1]
+        most = (f"larger <= {parts['randlora_B'].shape[0]}",) if "randlora_B" in parts else ()
+        return (f"smaller = {least}", *most)
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         scales, gamma = (read_array(parts[name]) for name in self.parts[:2])
         if self.shared[0] in parts:

@@ -62,6 +62,10 @@ class Shira(ModuleKind):
             raise damaged(f"{module}: the parts of SHiRA do not fit", "weight [n] and integer indices [2, n]", found)
         return (ANY_SIZE, ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        count, rank = parts["shira_weight"].shape[0], config.get("r")
+        return (f"sum = {count // rank}",) if type(rank) is int and rank > 0 else ()
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         row, column = parts["shira_indices"].read().astype(np.int64)
         if min(row.min(), column.min()) < 0:

@@ -71,6 +71,9 @@ class Supertuning(ModuleKind):
             raise damaged(f"{module}: the parts of Super-Tuning do not fit", expected, found)
         return (ANY_SIZE, ANY_SIZE) if a is None or b is None else (b[0], a[1])
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        return (f"product >= {parts['supertuning_values'].shape[0]}",)
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         places = parts["supertuning_indices"].read().astype(np.int64)
         if places.min() < 0:

@@ -66,6 +66,9 @@ class Vera(DrawnKind):
             )
         return (b[0], ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        return (f"columns <= {parts[self.shared[0]].shape[1]}",) if self.shared[0] in parts else ()
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         b, d = (read_array(parts[name]) for name in self.parts)
         rank = len(d) // self.halves

@@ -92,6 +92,9 @@ class Waveft(ModuleKind):
         super().check(config, header)
         _low_pass(config)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        return (f"product >= {parts['waveft_spectrum'].shape[0]}",)
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         spectrum = read_array(parts["waveft_spectrum"])
         return LoadedWavelets(spectrum, config["random_loc_seed"], np.float32(config["scaling"]), _low_pass(config))
