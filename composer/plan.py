@@ -407,7 +407,8 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
 def _loaded_bytes(item: WeightedDelta) -> int:
     if isinstance(item.delta, CheckpointDelta):
         return item.delta.loaded_bytes
-    return sum(math.prod(source.shape) * 4 for source in item.delta.sources)
+    held: int = getattr(item.delta, "held", 0)
+    return held + sum(math.prod(source.shape) * 4 for source in item.delta.sources)
 
 
 def _factor_bytes(job: TensorJob) -> int:

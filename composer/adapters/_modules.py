@@ -32,7 +32,8 @@ SHARED_PREFIX = PREFIX.removesuffix("model.")
 class Computed:
     """A change of one tensor that `build` makes of the sources; `transposed` where the base keeps [in, out].
 
-    scratch: bytes a number of the tensor that computing it takes besides the result.
+    scratch: bytes a number of the tensor that computing it takes besides the result. held: bytes that are in memory
+    besides the sources.
     """
 
     target: str
@@ -41,6 +42,7 @@ class Computed:
     transposed: bool = False
     mixes_rows: bool = False
     scratch: int = 0
+    held: int = 0
     replaces: bool = False
 
     @property
@@ -93,6 +95,10 @@ class ModuleKind:
     def build_module(self, config: dict[str, Any], module: str, parts: Parts) -> BlockDelta:
         """The same for a kind whose config has values by module."""
         return self.build(config, parts)
+
+    def held(self, config: dict[str, Any]) -> int:
+        """Bytes that a loaded change takes besides its parts."""
+        return 0
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError for options that are not composed, CorruptFileError for a damaged adapter."""
@@ -161,7 +167,8 @@ class ModuleKind:
             build = partial(self.build_module, config, module, parts)
             sources = (*parts.values(), *(spec for name, spec in shared.items() if parts.get(name, spec) != spec))
             target = names[f"{module}.{self.parameter}"]
-            deltas.append(Computed(target, sources, build, transposed, self.mixes_rows, self.scratch))
+            held = self.held(config)
+            deltas.append(Computed(target, sources, build, transposed, self.mixes_rows, self.scratch, held))
             if f"{module}.bias" in names and self.changes_bias:
                 deltas.append(Computed(names[f"{module}.bias"], sources, build, mixes_rows=self.mixes_rows))
         return deltas + [Replace(names[name], spec) for name, spec in self._whole(header).items()]

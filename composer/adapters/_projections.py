@@ -49,7 +49,7 @@ class DrawnKind(ModuleKind):
         return self.deltas({**config, "sizes": sizes}, header, names)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def vera_projections(rank: int, halves: int, sizes: tuple[int, int], key: int) -> tuple[np.ndarray, np.ndarray]:
     """(A [halves · r, in], B [out, r]), float32: uniform within √(6 / columns), A first."""
     import torch
@@ -63,7 +63,7 @@ def vera_projections(rank: int, halves: int, sizes: tuple[int, int], key: int) -
     return drawn[0], drawn[1]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def randlora_projections(
     rank: int, sizes: tuple[int, int], key: int, sparse: bool, very_sparse: bool
 ) -> tuple[np.ndarray, np.ndarray]:

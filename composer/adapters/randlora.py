@@ -78,6 +78,11 @@ class Randlora(DrawnKind):
         most = (f"larger <= {parts['randlora_B'].shape[0]}",) if "randlora_B" in parts else ()
         return (f"smaller = {least}", *most)
 
+    def held(self, config: dict[str, Any]) -> int:
+        """The bases where they were not saved, as drawn and as laid out for the product: n · r is about min."""
+        (least, most), rank = sorted(config["sizes"]), config["r"]
+        return 8 * (least + most) * (least + rank) if config.get("save_projection") is False else 0
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         scales, gamma = (read_array(parts[name]) for name in self.parts[:2])
         if self.shared[0] in parts:

@@ -56,6 +56,8 @@ class Vera(DrawnKind):
         fits = len(b) == len(d) == 1 and 0 not in (*b, *d) and d[0] % self.halves == 0
         if config.get("save_projection") is False and a is None and bb is None:
             check_key(config)
+            rank = config.get("r")
+            fits = fits and type(rank) is int and d[0] == self.halves * rank
         else:
             fits = fits and a is not None and bb is not None and len(a) == len(bb) == 2 and 0 not in (*a, *bb)
             fits = fits and d[0] == a[0] == self.halves * bb[1] and b[0] <= bb[0]
@@ -68,6 +70,11 @@ class Vera(DrawnKind):
 
     def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
         return (f"columns <= {parts[self.shared[0]].shape[1]}",) if self.shared[0] in parts else ()
+
+    def held(self, config: dict[str, Any]) -> int:
+        """The projections where they were not saved, as drawn and as scaled."""
+        drawn = config.get("save_projection") is False
+        return 8 * config["r"] * (self.halves * config["sizes"][1] + config["sizes"][0]) if drawn else 0
 
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         b, d = (read_array(parts[name]) for name in self.parts)

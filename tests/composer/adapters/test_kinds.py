@@ -559,6 +559,15 @@ def test_a_wavelet_without_its_filters_names_the_package(
         open_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("case", ["vera", "pvera", "randlora"])
+def test_projections_that_are_drawn_again_count_as_memory(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The bound of a plan does not fall when the file no longer holds them."""
+    make_adapter(case, bases, tmp_path / "saved")
+    make_adapter(f"{case}-drawn", bases, tmp_path / "drawn")
+    bounds = [plan_folders(bases["llama"], [(tmp_path / name, 1.0)]).peak_bytes for name in ("saved", "drawn")]
+    assert 0 < bounds[0] <= bounds[1]
+
+
 def test_a_tinylora_whose_matrices_nobody_drew_is_corrupt(bases: dict[str, Path], tmp_path: Path) -> None:
     """The place of a module among the others follows from its P; with another P its vector is not known."""
     make_adapter("tinylora", bases, tmp_path / "adapter")
@@ -775,6 +784,8 @@ def test_a_part_of_another_shape_is_refused(case: str, bases: dict[str, Path], t
         ("road", {"variant": "road_3"}),
         ("road", {"group_size": 7}),
         ("vera-drawn", {"projection_prng_key": "7"}),
+        ("vera-drawn", {"r": "4"}),
+        ("pvera-drawn", {"r": 8}),
         ("randlora-drawn", {"projection_prng_key": -1}),
         ("deft", {"para": True}),
         ("deft", {"alpha": "5"}),
