@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from composer.checkpoint import INDEX
+from composer.companions import companion_files
 from composer.exporters import check_export, find_exporter, find_plan_exporter
-from composer.files import copy_names, read_json
 from composer.kernels import (
     LoadedTerm,
     Survival,
@@ -48,7 +48,6 @@ Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 15, 16
 LOCAL = threading.local()
 STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
-CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +120,8 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
         sink.settle()
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
-    for name in copy_names(plan.checkpoint.files):
-        sink.write(name, _companion(plan, name))
+    for name, data in companion_files(plan):
+        sink.write(name, data)
     return survival
 
 
@@ -252,7 +251,7 @@ def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Surviv
         job.source.read_into(first, view)
         base = block.copy()
         block[:] = merge_block(base, terms, start, _method(plan, job), job.dtype)[0]
-        check_overflow(base, block, job.source.name)
+        check_overflow(base, block, job.name)
     _measure(job, plan, terms, tiles, block, start, survival)
 
 
@@ -270,7 +269,7 @@ def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memory
 
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int, offset: int) -> Done:
     rows, columns = job.matrix
-    name, width = job.source.name, job.source.nbytes // rows
+    name, width = job.name, job.source.nbytes // rows
     base = np.frombuffer(_read(job.source, start * width, stop * width), DTYPES[job.source.dtype])
     base = base.reshape(stop - start, columns)
     survival = Survival(len(plan.terms)) if terms else None
@@ -311,7 +310,7 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: i
         assert total is not None
         with np.errstate(over="ignore"):
             result = (original + total).astype(DTYPES[job.dtype])
-        check_overflow(base, result, job.source.name)
+        check_overflow(base, result, job.name)
     survival = Survival(len(plan.terms))
     change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
     survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
@@ -343,26 +342,13 @@ def _measure(
 
 
 def _method(plan: Plan, job: TensorJob) -> BoundMethod:
-    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.source.name)
+    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.name)
 
 
 def _index(plan: Plan) -> bytes:
-    weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
+    weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
     index = {
         "metadata": {"total_size": sum(job.nbytes for job in plan.jobs)},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _companion(plan: Plan, name: str) -> bytes:
-    """A file of the base that goes along; config.json names the new dtype where that changed, and no quantisation."""
-    path = plan.checkpoint.files[name]
-    dtype = plan.config_dtype
-    if name != "config.json" or dtype is None:
-        return path.read_bytes()
-    config = read_json(path)
-    config.pop("torch_dtype", None)
-    config.pop("quantization_config", None)
-    config["dtype"] = CONFIG_DTYPE[dtype]
-    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -21,7 +21,7 @@ QUANTISED = "tests/composer/test_quantised.py::test_{}"
 BY_CASE = (
     "adalora", "bdlora", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra",
     "ia3", "kasa", "ln-tuning", "loha", "lokr", "lora-training", "miss", "oft", "osf", "peanut", "pvera", "randlora",
-    "road", "shira", "supertuning", "tinylora", "unilora", "vblora", "vera", "waveft",
+    "road", "shira", "supertuning", "tinylora", "trainable-tokens", "unilora", "vblora", "vera", "waveft",
 )  # fmt: skip
 METHODS = (
     "breadcrumbs", "cat", "core_space", "dare_linear", "dare_ties", "della", "iso_c", "knots", "linear", "linear@peft",

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from composer.recipe import Dtype
 from tests.support import compose_folders
 
 pytestmark = pytest.mark.slow
@@ -46,16 +45,21 @@ KINDS: dict[str, tuple[str, dict[str, Any], float]] = {
     "lokr": ("LoKrConfig", {"r": 8, "alpha": 8}, 1e-2),
     "oft": ("OFTConfig", {"oft_block_size": 32}, 3e-3),
     "vera": ("VeraConfig", {"r": 64, "save_projection": False}, 1e-1),
+    "pissa": ("LoraConfig", {"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}, 3e-3),
     "ln-tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}, 1e-2),
 }
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct in bf16, built as the demo builds it."""
-    folder = tmp_path_factory.mktemp("trained") / "smollm2"
+    """SmolLM2-135M-Instruct, built as the demo builds it, in float32: what PiSSA takes off the base is not rounded."""
+    built = tmp_path_factory.mktemp("trained") / "smollm2"
     script = ROOT / "examples" / "build_base.py"
-    subprocess.run([sys.executable, script, "smollm2", folder], check=True, capture_output=True)
+    subprocess.run([sys.executable, script, "smollm2", built], check=True, capture_output=True)
+    folder = built.with_name("smollm2-fp32")
+    load(built).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(built / name, folder / name)
     return folder
 
 
@@ -114,7 +118,7 @@ def test_a_trained_adapter_composed_is_the_model_it_was_trained_in(
 ) -> None:
     """Logits to 1e-4 of their largest; what the training changed is far above that."""
     wanted = train(kind, smollm2, tokens, tmp_path / "adapter")
-    compose_folders(smollm2, [(tmp_path / "adapter", 1.0)], tmp_path / "out", dtype=Dtype.FP32)
+    compose_folders(smollm2, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     found = logits(load(tmp_path / "out"), tokens)
     shutil.rmtree(tmp_path / "out")
     scale = wanted.abs().max()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from composer.adapters._lora_config import lora_scale
 from composer.adapters._modules import ModuleKind, Parts, check_number
-from composer.adapters.lora import lora_scale
 from composer.tensors import SafetensorsHeader
 
 __all__ = ["A", "B", "LoraVariant", "pair_shape"]

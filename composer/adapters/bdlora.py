@@ -15,9 +15,9 @@ import numpy as np
 
 from composer.adapters import adapter_kind
 from composer.adapters._common import damaged
+from composer.adapters._lora_config import lora_scale
 from composer.adapters._lora_parts import A, B, LoraVariant
 from composer.adapters._modules import Parts, low_rank
-from composer.adapters.lora import lora_scale
 from composer.deltas import BlockDelta, read_array
 
 __all__ = ["Bdlora"]

@@ -13,10 +13,10 @@ import numpy as np
 
 from composer.adapters import adapter_kind
 from composer.adapters._common import damaged
+from composer.adapters._lora_config import lora_scale
 from composer.adapters._lora_parts import A, B, LoraVariant, pair_shape
 from composer.adapters._modules import Parts
 from composer.adapters._svd import SCRATCH
-from composer.adapters.lora import lora_scale
 from composer.adapters.osf import LoadedExchange
 from composer.deltas import BlockDelta, read_array
 

@@ -2,7 +2,7 @@
 
 REASONS    peft_type: why no weight of the base can hold it
 UNTOLD     peft_type: what a merge needs and the file does not have, so that only the trainer can make it
-SWITCHES   a field that adapter_config.json of a LoRA sets: why that LoRA is no change of weights
+SWITCHES   a field that adapter_config.json of a LoRA sets: why that LoRA is no change of weights to be read here
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SWITCHES = {
     "arrow_config": _ROUTED,
     "alora_invocation_tokens": "an activated LoRA acts only on the tokens after its invocation",
     "use_qalora": "QALoRA averages groups of a quantised layer's inputs, which PEFT does not merge either",
+    "megatron_config": "Megatron's parallel layers hold their own parts of a module's factors",
 }
 
 

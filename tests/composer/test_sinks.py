@@ -308,8 +308,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 
 def peak_mib(base: Path, out: Path, adapters: list[Path]) -> int:
     """The largest resident set of a process that composes, in MiB."""
-    # A fork of this process would count what pytest holds: exec through a small shell
-    command = ["/bin/sh", "-c", 'exec "$@"', "sh", *script(PEAK, base, out, *adapters)]
+    # A child of this process would count what pytest holds, across exec too: a small shell has a child of its own
+    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", *script(PEAK, base, out, *adapters)]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 

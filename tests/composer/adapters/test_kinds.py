@@ -259,6 +259,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LoraConfig",
         {"target_modules": LINEAR, "r": 4, "lora_alpha": 3, "monteclora_config": "MontecloraConfig"},
     ),
+    "trainable-tokens": ("llama", "TrainableTokensConfig", {"token_indices": [3, 5, 60]}),
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
@@ -498,7 +499,13 @@ def test_kinds_whose_file_does_not_say_all_of_the_change_say_why(peft_type: str,
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("arrow_config", {"top_k": 3}), ("alora_invocation_tokens", [5]), ("use_qalora", True)]
+    ("field", "value"),
+    [
+        ("arrow_config", {"top_k": 3}),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+        ("megatron_config", {"a": 1}),
+    ],
 )
 def test_a_lora_that_acts_on_some_inputs_only_says_why(field: str, value: Any, tmp_path: Path) -> None:
     """UnsupportedAdapterError that names the field of the config."""
@@ -513,7 +520,7 @@ def test_every_type_that_peft_has_is_composed_or_refused_by_name() -> None:
     import peft
 
     known = {peft_type for kind in kinds().values() for peft_type in kind.peft_types}
-    assert {member.value for member in peft.PeftType} - {"TRAINABLE_TOKENS"} <= known
+    assert {member.value for member in peft.PeftType} <= known
 
 
 # What PEFT's config of a LoRA may hold: how it was trained, what composes (with an oracle here, in test_lora_variants.py
@@ -523,9 +530,14 @@ TRAINING |= {"inference_mode", "task_type", "peft_version", "auto_mapping", "rev
 COMPOSED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"}
 COMPOSED |= {"fan_in_fan_out", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform"}
 COMPOSED |= {"layers_pattern", "base_model_name_or_path", "peft_type", "kasa_config", "use_bdlora", "velora_config"}
-COMPOSED |= {"monteclora_config"}
-REFUSED = {*SWITCHES, "qalora_group_size", "init_lora_weights", "megatron_config", "layer_replication"}
-REFUSED |= {"trainable_token_indices", "target_parameters", "ensure_weight_tying"}
+COMPOSED |= {
+    "monteclora_config",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "ensure_weight_tying",
+}
+REFUSED = {*SWITCHES, "qalora_group_size", "init_lora_weights"}
 
 
 def test_every_field_of_a_lora_config_is_accounted_for() -> None:
@@ -732,7 +744,7 @@ def test_a_missing_module_is_refused(case: str, bases: dict[str, Path], tmp_path
     make_adapter(case, bases, tmp_path / "adapter")
     arrays = adapter_arrays(tmp_path / "adapter")
     signature = open_adapter(tmp_path / "adapter").signature
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] or []
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()).get("modules_to_save") or []
     modules = [
         target.parameter.rpartition(".")[0]
         for target in signature.targets
