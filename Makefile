@@ -30,6 +30,7 @@ lint: install
 
 docs: install
 	$(BIN)/python -m cli.reference > docs/cli.md
+	$(BIN)/python -m cli.tables > docs/kinds.md
 
 install: $(VENV)/.installed-$(RUNTIME)
 

@@ -22,33 +22,13 @@ def render() -> str:
     ]
     for path, text in _helps(cli, None, "registry"):
         parts.append(f"## {path}\n\n```\n{text}\n```")
-    parts += ["## Adapter formats", _formats(), "## Adapter kinds", _kinds(), "## Merge methods", _methods()]
+    parts += [
+        "## Adapter kinds and formats, quantised bases",
+        "In [kinds.md](kinds.md), with what each becomes and where it is tested.",
+        "## Merge methods",
+        _methods(),
+    ]
     return "\n\n".join(parts) + "\n"
-
-
-def _formats() -> str:
-    """A table of the tools whose folders are read, and the files that show it."""
-    from composer.formats import PEFT_LAYOUT, formats
-
-    lines = ["| saved by | files |", "|---|---|", f"| PEFT | {PEFT_LAYOUT} |"]
-    lines += [f"| {name} | {found.layout} |" for name, found in sorted(formats().items())]
-    return "\n".join(lines)
-
-
-def _kinds() -> str:
-    """A table of the adapters that are read, and what becomes of each."""
-    import sys
-
-    from composer.adapters import kinds
-    from composer.adapters.unmergeable import REASONS
-
-    lines = ["| `peft_type` | kind | on the weights |", "|---|---|---|"]
-    for name, kind in sorted(kinds().items()):
-        summary = (sys.modules[type(kind).__module__].__doc__ or "").strip().splitlines()[0]
-        for peft_type in kind.peft_types:
-            effect = f"refused: {REASONS[peft_type]}" if peft_type in REASONS else summary
-            lines.append(f"| `{peft_type}` | {name} | {effect} |")
-    return "\n".join(lines)
 
 
 def _methods() -> str:

@@ -371,7 +371,8 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
 def _loaded_bytes(item: WeightedDelta) -> int:
     if isinstance(item.delta, CheckpointDelta | ExpertLowRank | ExpertSlice):
         return item.delta.loaded_bytes
-    return sum(math.prod(source.shape) * 4 for source in item.delta.sources)
+    held: int = getattr(item.delta, "held", 0)
+    return held + sum(math.prod(source.shape) * 4 for source in item.delta.sources)
 
 
 def _factor_bytes(job: TensorJob) -> int:
@@ -388,6 +389,7 @@ def _block_bytes(job: TensorJob) -> int:
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize
     widths += 4 * (2 if job.streamed else len(job.deltas))
+    widths += sum(getattr(item.delta, "scratch", 0) for item in job.deltas)
     widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
     if job.method and job.method.name != "linear":
         widths += SCRATCH * len(job.deltas)

@@ -18,6 +18,7 @@ from composer.deltas_rows import TokenRows
 from composer.ends import Ends, is_end, keep_tied, refuse_tied, tied
 from composer.errors import IncompatibleError, TargetMismatchError, UnsupportedAdapterError
 from composer.experts import ExpertStack, expert_stacks
+from composer.missing import missing_modules
 from composer.places import places
 from composer.vocabulary import refuse_resized
 
@@ -54,10 +55,22 @@ def resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, *, untie: boo
             remedy="see 'registry bases ADAPTER' for the bases it fits",
             keys=[mismatch.parameter for mismatch in binding.mismatches],
         )
+    missing = missing_modules(term.adapter.config, binding.names, checkpoint.shapes, checkpoint.config)
+    if missing:
+        raise TargetMismatchError(
+            f"{term.label}: its config lists target modules of which the file lacks {len(missing)}: "
+            f"{', '.join(missing[:3])}",
+            expected="every module of this base that target_modules names",
+            found=missing[:20],
+            remedy="the file is incomplete, or the adapter belongs to a base with fewer layers; if they were left out "
+            "on purpose, list the others by their full names in target_modules",
+            keys=missing,
+        )
     stacks = expert_stacks(checkpoint.shapes)
+    tensors = {**({ends.head: checkpoint.tensors[ends.embedding]} if ends else {}), **checkpoint.tensors}
     deltas = [
         placed
-        for delta in term.adapter.deltas(binding.names)
+        for delta in term.adapter.deltas(binding.names, tensors)
         for placed in _on_stored(term.label, delta, shapes[delta.target], stacks.get(delta.target), checkpoint)
     ]
     consumed = {source.name for delta in deltas for source in delta.sources}

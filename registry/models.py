@@ -217,13 +217,13 @@ class VersionFileRow(Model):
 
 
 class VersionTargetRow(Model):
-    """One base parameter that a version touches, with the shape it needs."""
+    """One base parameter that a version touches, with what it needs: sizes, then conditions on them as texts."""
 
     __tablename__ = "version_targets"
 
     version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
     parameter: Mapped[str] = mapped_column(String(1024), primary_key=True)
-    shape: Mapped[list[int]] = mapped_column(JSON)
+    shape: Mapped[list[int | str]] = mapped_column(JSON)
 
 
 class AliasRow(Model):

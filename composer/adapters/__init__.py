@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from composer.conditions import holds
 from composer.deltas import Delta
 from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
+from composer.quantised import QuantisedTensor
 from composer.renames import FAMILIES, module_names
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
@@ -29,6 +31,7 @@ __all__ = [
     "ANY_SIZE",
     "Adapter",
     "AdapterKind",
+    "BaseTensor",
     "Binding",
     "Mismatch",
     "Signature",
@@ -38,6 +41,7 @@ __all__ = [
     "open_adapter",
 ]
 
+BaseTensor = TensorSpec | QuantisedTensor
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
@@ -47,12 +51,14 @@ ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
 class Target:
     """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout.
 
-    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE. Nor does it know whether a stack of experts, a
-    parameter that is no module's weight, is [experts, out, in] or [experts, in, out]: either fits.
+    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE; `conditions` (composer.conditions) say what it
+    knows of such sizes. Nor does it know whether a stack of experts, a parameter that is no module's weight, is
+    [experts, out, in] or [experts, in, out]: either fits.
     """
 
     parameter: str
     shape: tuple[int, ...]
+    conditions: tuple[str, ...] = ()
 
     def fits(self, shape: tuple[int, ...] | None) -> bool:
         """Whether a base tensor of this shape (None: the base has no such tensor) can be the target."""
@@ -60,7 +66,20 @@ class Target:
             return False
         if len(shape) == 3 and not self.parameter.endswith((".weight", ".bias")) and self.shape[1:] == shape[:0:-1]:
             return self.shape[0] == shape[0]
-        return all(own in (ANY_SIZE, size) for own, size in zip(self.shape, shape, strict=True))
+        sizes = all(own in (ANY_SIZE, size) for own, size in zip(self.shape, shape, strict=True))
+        return sizes and all(holds(condition, shape) for condition in self.conditions)
+
+    @property
+    def needs(self) -> tuple[int | str, ...]:
+        """The sizes, then the conditions: what a catalogue keeps."""
+        return (*self.shape, *self.conditions)
+
+    @classmethod
+    def of(cls, parameter: str, needs: Iterable[int | str]) -> Target:
+        """The target that `needs` is of."""
+        given = tuple(needs)
+        sizes = tuple(size for size in given if isinstance(size, int))
+        return cls(parameter, sizes, tuple(text for text in given if isinstance(text, str)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +103,21 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """One parameter of the adapter that does not fit the base; `found` is None where the base lacks it."""
+    """One parameter of the adapter that does not fit the base; `found` is None where the base lacks it.
+
+    `expected` are the sizes, then the conditions on them.
+    """
 
     parameter: str
-    expected: tuple[int, ...]
+    expected: tuple[int | str, ...]
     found: tuple[int, ...] | None
 
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.parameter}: the base has no such tensor"
-        expected = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected)
-        return f"{self.parameter}: the adapter expects [{expected}], the base has {list(self.found)}"
+        sizes = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected if isinstance(size, int))
+        conditions = "".join(f" with {text}" for text in self.expected if isinstance(text, str))
+        return f"{self.parameter}: the adapter expects [{sizes}]{conditions}, the base has {list(self.found)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +143,10 @@ class AdapterKind(Protocol):
 
     name: str
     peft_types: tuple[str, ...]
+    # A kind may also have
+    #   switches = ("kasa_config",)    config fields: it reads only the adapters of its types that set one of these
+    #   deltas_on(config, header, names, base)   in place of `deltas` where these depend on the base beyond its names;
+    #                                  base: adapter parameter -> the base's tensor, of which only the header is known
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""
@@ -160,9 +187,13 @@ class Adapter:
         targets = self.signature.replicas or self.signature.targets
         return bind_optional(bind_targets(targets, shapes), self.signature.optional, shapes)
 
-    def deltas(self, names: Mapping[str, str]) -> list[Delta]:
-        """The changes, in the order of the adapter's tensors."""
-        return self.kind.deltas(self.config, self.header, names)
+    def deltas(self, names: Mapping[str, str], base: Mapping[str, BaseTensor] | None = None) -> list[Delta]:
+        """The changes, in the order of the adapter's tensors; base: its tensors by their own names."""
+        deltas_on = getattr(self.kind, "deltas_on", None)
+        if deltas_on is None or base is None:
+            return self.kind.deltas(self.config, self.header, names)
+        bound = {parameter: base[name] for parameter, name in names.items() if name in base}
+        return deltas_on(self.config, self.header, names, bound)
 
 
 K = TypeVar("K", bound=AdapterKind)
@@ -240,10 +271,14 @@ def _peft_view(where: str, files: FileSet, config: dict[str, Any]) -> View:
 
 def _find_kind(config: dict[str, Any]) -> AdapterKind:
     found = config.get("peft_type")
-    for kind in kinds().values():
-        if found in kind.peft_types:
+    able = [kind for kind in kinds().values() if found in kind.peft_types]
+    for kind in able:
+        if any(config.get(field) for field in getattr(kind, "switches", ())):
             return kind
-    known = sorted(name for kind in kinds().values() for name in kind.peft_types)
+    for kind in able:
+        if not getattr(kind, "switches", ()):
+            return kind
+    known = sorted({name for kind in kinds().values() for name in kind.peft_types})
     raise UnknownAdapterTypeError(
         f"adapters of type {found!r} cannot be read; these formats can: {readable()}",
         expected=f"peft_type of {', '.join(known)}, or another format: {readable()}",
@@ -295,7 +330,7 @@ def _bind_prefixed(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, 
     for rename in _prefix_rules(targets, shapes):
         names = {target.parameter: rename(target.parameter) for target in targets}
         mismatches = tuple(
-            Mismatch(target.parameter, target.shape, shapes.get(names[target.parameter]))
+            Mismatch(target.parameter, target.needs, shapes.get(names[target.parameter]))
             for target in targets
             if not target.fits(shapes.get(names[target.parameter]))
         )
@@ -330,7 +365,7 @@ def _bind_way(
         if len(candidates) > 1:
             mismatches.append(Ambiguity(target.parameter, target.shape, found, candidates))
         elif not target.fits(found):
-            mismatches.append(Mismatch(target.parameter, target.shape, found))
+            mismatches.append(Mismatch(target.parameter, target.needs, found))
     return Binding(names, tuple(mismatches))
 
 
@@ -344,7 +379,7 @@ def bind_optional(binding: Binding, optional: tuple[Target, ...], shapes: Mappin
             continue
         names[target.parameter] = name
         if not target.fits(shapes[name]):
-            mismatches.append(Mismatch(target.parameter, target.shape, shapes[name]))
+            mismatches.append(Mismatch(target.parameter, target.needs, shapes[name]))
     return Binding(names, tuple(mismatches))
 
 

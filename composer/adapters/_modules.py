@@ -17,6 +17,7 @@ import numpy as np
 
 from composer.adapters import Signature, Target, parameter_count, refuse
 from composer.adapters._common import PREFIX, check_floats, damaged, factors_by_module, module_names, whole_tensors
+from composer.conditions import turned
 from composer.deltas import BlockDelta, Delta, LoadedLowRank, Replace
 from composer.errors import TargetMismatchError
 from composer.tensors import SafetensorsHeader, TensorSpec
@@ -29,13 +30,19 @@ SHARED_PREFIX = PREFIX.removesuffix("model.")
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A change of one tensor that `build` makes of the sources; `transposed` where the base keeps [in, out]."""
+    """A change of one tensor that `build` makes of the sources; `transposed` where the base keeps [in, out].
+
+    scratch: bytes a number of the tensor that computing it takes besides the result. held: bytes that are in memory
+    besides the sources.
+    """
 
     target: str
     sources: tuple[TensorSpec, ...]
     build: Callable[[], BlockDelta]
     transposed: bool = False
     mixes_rows: bool = False
+    scratch: int = 0
+    held: int = 0
     replaces: bool = False
 
     @property
@@ -67,22 +74,45 @@ class ModuleKind:
     optional: ClassVar[tuple[str, ...]] = ()  # parts that a module may lack
     integers: ClassVar[tuple[str, ...]] = ()  # parts that are no floating-point numbers
     mixes_rows: ClassVar[bool] = False
+    scratch: ClassVar[int] = 0  # see Computed
+    parameter: ClassVar[str] = "weight"  # of the module, which changes
     options: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # config fields and the values that can be composed
     numbers: ClassVar[tuple[str, ...]] = ()  # config fields that must hold a number
+    saved: ClassVar[Mapping[str, str]] = {}  # config fields that say what the file holds: why it cannot be computed
 
-    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, int]:
+    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, ...]:
         """[out, in] of the module's weight, ANY_SIZE where the parts do not say; raises CorruptFileError."""
         raise NotImplementedError
+
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        """What is known of the sizes that `shape` leaves open, as composer.conditions of [out, in]."""
+        return ()
 
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         """The change of the weight [out, in]; reads the parts."""
         raise NotImplementedError
+
+    def build_module(self, config: dict[str, Any], module: str, parts: Parts) -> BlockDelta:
+        """The same for a kind whose config has values by module."""
+        return self.build(config, parts)
+
+    def held(self, config: dict[str, Any]) -> int:
+        """Bytes that a loaded change takes besides its parts."""
+        return 0
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError for options that are not composed, CorruptFileError for a damaged adapter."""
         if config.get("fan_in_fan_out") not in (True, False, None):
             found = config["fan_in_fan_out"]
             raise damaged(f"adapter_config.json: fan_in_fan_out={found!r}", "true or false", found)
+        for field, reason in self.saved.items():
+            if config.get(field) is False:
+                raise refuse(
+                    f"{config['peft_type']} with {field}=false is not supported: {reason}",
+                    expected=f"{field}=true",
+                    found=False,
+                    remedy=f"load it with PEFT where it was trained, set {field}=True in its config and save it again",
+                )
         for field in self.numbers:
             check_number(config, field)
         for field, values in self.options.items():
@@ -109,9 +139,12 @@ class ModuleKind:
         targets, optional = [], []
         for module, parts in modules.items():
             shape = self.shape(config, module, parts)
-            targets.append(Target(f"{module}.weight", shape[::-1] if config.get("fan_in_fan_out") else shape))
             if self.changes_bias:
                 optional.append(Target(f"{module}.bias", shape[:1]))
+            conditions = self.conditions(config, parts)
+            if config.get("fan_in_fan_out"):
+                shape, conditions = shape[::-1], tuple(map(turned, conditions))
+            targets.append(Target(f"{module}.{self.parameter}", shape, conditions))
         targets += [Target(name, spec.shape) for name, spec in self._whole(header).items()]
         rank = config.get("r")
         return Signature(
@@ -131,9 +164,11 @@ class ModuleKind:
         deltas: list[Delta] = []
         shared = self._shared(header)
         for module, parts in self._modules(header).items():
-            build = partial(self.build, config, parts)
-            sources = (*parts.values(), *(spec for name, spec in shared.items() if spec != parts[name]))
-            deltas.append(Computed(names[f"{module}.weight"], sources, build, transposed, self.mixes_rows))
+            build = partial(self.build_module, config, module, parts)
+            sources = (*parts.values(), *(spec for name, spec in shared.items() if parts.get(name, spec) != spec))
+            target = names[f"{module}.{self.parameter}"]
+            held = self.held(config)
+            deltas.append(Computed(target, sources, build, transposed, self.mixes_rows, self.scratch, held))
             if f"{module}.bias" in names and self.changes_bias:
                 deltas.append(Computed(names[f"{module}.bias"], sources, build, mixes_rows=self.mixes_rows))
         return deltas + [Replace(names[name], spec) for name, spec in self._whole(header).items()]

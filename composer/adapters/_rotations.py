@@ -8,7 +8,7 @@ import numpy as np
 
 from composer.adapters._modules import unfit
 
-__all__ = ["LoadedRotation", "cayley"]
+__all__ = ["LoadedRotation", "cayley", "rotate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,16 @@ class LoadedRotation:
         width = base.shape[1]
         if width % size or (not self.shared and width != count * size):
             raise unfit(self.kind, f"inputs of {count} blocks of {size}", width)
-        grouped = base.reshape(len(base), -1, size).swapaxes(0, 1)
-        rotated = (grouped @ self.blocks.swapaxes(1, 2)).swapaxes(0, 1).reshape(base.shape)
+        rotated = rotate(base, self.blocks)
         if self.scale is not None:
             rotated *= self.scale[start:stop]
         return rotated - base
+
+
+def rotate(rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """rows [n, in] times Rᵀ, with R the block diagonal of blocks [in / b, b, b], or of one block again and again."""
+    grouped = rows.reshape(len(rows), -1, blocks.shape[1]).swapaxes(0, 1)
+    return (grouped @ blocks.swapaxes(1, 2)).swapaxes(0, 1).reshape(rows.shape)
 
 
 def cayley(skew: np.ndarray) -> np.ndarray:

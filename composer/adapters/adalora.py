@@ -52,7 +52,7 @@ class SingularFactors:
 
 @adapter_kind
 class Adalora:
-    """Low-rank deltas with singular values, each module of its own rank."""
+    """Low-rank deltas with singular values on linear (and Conv1D) weights, each module of its own rank."""
 
     name = "adalora"
     peft_types = ("ADALORA",)

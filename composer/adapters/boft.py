@@ -1,22 +1,41 @@
 """BOFT: rotations of the inputs and a factor for each output (arXiv:2311.06243; peft/tuners/boft/layer.py).
 
-base_model.model.<module>.boft_R [1, in / b, b, b]    boft_s [out, 1]
+base_model.model.<module>.boft_R [m, in / b, b, b]    boft_s [out, 1]
 
-W' = W·Rᵀ ⊙ s     R = (I − Q)(I + Q)⁻¹ by blocks, Q = (boft_R − boft_Rᵀ) / 2
-A first size above 1 (boft_n_butterfly_factor, which PEFT has on CUDA only) is refused.
+W' = W·R₀ᵀ·R₁ᵀ…·Rₘ₋₁ᵀ ⊙ s     Rᵢ = Pᵢ·blockdiag((I − Q)(I + Q)⁻¹)·Pᵢᵀ, Q = (boft_R[i] − boft_R[i]ᵀ) / 2
+m is boft_n_butterfly_factor. Pᵢ is what makes it a butterfly: it cuts every 2ⁱ·b inputs into pieces of b / 2 and puts
+the even pieces before the odd ones, so that P₀ changes nothing. PEFT itself has m > 1 on CUDA only.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from composer.adapters import adapter_kind, refuse
+import numpy as np
+
+from composer.adapters import adapter_kind
 from composer.adapters._common import damaged
 from composer.adapters._modules import ModuleKind, Parts
-from composer.adapters._rotations import LoadedRotation, cayley
+from composer.adapters._rotations import LoadedRotation, cayley, rotate
 from composer.deltas import BlockDelta, read_array
 
 __all__ = ["Boft"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedButterfly:
+    """Rotations, one after another: blocks [m, in / b, b, b] and the order of the inputs [m, in]; s [out, 1]."""
+
+    blocks: np.ndarray
+    orders: np.ndarray
+    scale: np.ndarray
+
+    def rows(self, start: int, stop: int, base: np.ndarray) -> np.ndarray:
+        rotated = base
+        for blocks, order in zip(self.blocks, self.orders, strict=True):
+            rotated = rotate(rotated[:, np.argsort(order)], blocks)[:, order]
+        return rotated * self.scale[start:stop] - base
 
 
 @adapter_kind
@@ -27,21 +46,27 @@ class Boft(ModuleKind):
     peft_types = ("BOFT",)
     parts = ("boft_R", "boft_s")
 
-    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, int]:
+    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, ...]:
         blocks, scale = parts["boft_R"].shape, parts["boft_s"].shape
-        if len(blocks) != 4 or blocks[2] != blocks[3] or 0 in blocks or len(scale) != 2 or scale[1] != 1:
-            expected = "boft_R [1, in / b, b, b] and boft_s [out, 1]"
+        fits = len(blocks) == 4 and blocks[2] == blocks[3] and 0 not in blocks and len(scale) == 2 and scale[1] == 1
+        if fits and blocks[0] > 1:
+            fits = blocks[0] < 32 and blocks[2] % 2 == 0 and blocks[1] % 2 ** (blocks[0] - 1) == 0
+        if not fits:
+            expected = "boft_R [m, in / b, b, b] with in divisible by 2ᵐ⁻¹·b, and boft_s [out, 1]"
             raise damaged(f"{module}: the parts of BOFT do not fit", expected, [list(blocks), list(scale)])
-        if blocks[0] != 1:
-            raise refuse(
-                f"{module}: BOFT with {blocks[0]} butterfly factors is not supported",
-                expected="boft_n_butterfly_factor=1",
-                found=blocks[0],
-                remedy="merge it with PEFT on a CUDA device",
-            )
         return (scale[0], blocks[1] * blocks[2])
 
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
-        raw = read_array(parts["boft_R"])[0]
-        blocks = cayley((raw - raw.swapaxes(1, 2)) / 2)
-        return LoadedRotation(self.name, blocks, read_array(parts["boft_s"]))
+        raw, scale = read_array(parts["boft_R"]), read_array(parts["boft_s"])
+        blocks = np.stack([cayley((factor - factor.swapaxes(1, 2)) / 2) for factor in raw])
+        if len(blocks) == 1:
+            return LoadedRotation(self.name, blocks[0], scale)
+        width = blocks.shape[1] * blocks.shape[2]
+        orders = [_order(width, blocks.shape[2] // 2, blocks.shape[2] << index) for index in range(len(blocks))]
+        return LoadedButterfly(blocks, np.stack(orders), scale)
+
+
+def _order(width: int, piece: int, span: int) -> np.ndarray:
+    """The inputs [width] with the even pieces of each span before the odd ones."""
+    pieces = np.arange(width).reshape(-1, span // piece, piece)
+    return np.concatenate([pieces[:, ::2], pieces[:, 1::2]], axis=1).ravel()

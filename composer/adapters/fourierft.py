@@ -9,7 +9,6 @@ The places are not in the file: they are the first n of torch.randperm(out · in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from composer.adapters import ANY_SIZE, adapter_kind
 from composer.adapters._common import damaged
 from composer.adapters._modules import ModuleKind, Parts, check_number, unfit
+from composer.adapters._places import random_places
 from composer.deltas import BlockDelta, read_array
 
 __all__ = ["Fourierft"]
@@ -37,7 +37,7 @@ class LoadedSpectrum:
         height, width = base.shape
         if len(self.spectrum) > height * width:
             raise unfit("fourierft", f"at least {len(self.spectrum)} numbers", [height, width])
-        places = _places(height * width, len(self.spectrum), self.seed)
+        places = random_places(height * width, len(self.spectrum), self.seed)
         frequency, column = places // width, places % width
         out = np.empty((height, width), np.float32)
         step = max(1, CHUNK // max(width, len(places)))
@@ -69,14 +69,10 @@ class Fourierft(ModuleKind):
             )
         return (ANY_SIZE, ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        return (f"product >= {parts['fourierft_spectrum'].shape[0]}",)
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         return LoadedSpectrum(
             read_array(parts["fourierft_spectrum"]), config["random_loc_seed"], float(config["scaling"])
         )
-
-
-@lru_cache(maxsize=16)
-def _places(size: int, count: int, seed: int) -> np.ndarray:
-    import torch
-
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].numpy().copy()

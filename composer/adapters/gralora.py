@@ -3,7 +3,7 @@
 base_model.model.<module>.gralora_A [k, in / k, r]    gralora_B [k, r, out / k]
                           gralora_A_general.weight [h, in]    gralora_B_general.weight [out, h]    with hybrid_r = h
 
-block (j, n) of W += s · B[j, n·r/k : (n + 1)·r/k]ᵀ · A[n, :, j·r/k : (j + 1)·r/k]ᵀ     s = alpha / (r + h)
+by blocks (j, n): W += s · B[j, n·r/k : (n + 1)·r/k]ᵀ · A[n, :, j·r/k : (j + 1)·r/k]ᵀ     s = alpha / (r + h)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """(IA)³: learned factors for the outputs or the inputs of a layer (arXiv:2205.05638; peft/tuners/ia3/layer.py).
 
-base_model.model.<module>.ia3_l [out, 1]     W' = l ⊙ W by rows, and b' = l ⊙ b where the base has a bias
+base_model.model.<module>.ia3_l [out, 1]     W' = l ⊙ W by rows, b' = l ⊙ b where the base has a bias
 base_model.model.<module>.ia3_l [1, in]      a feedforward module: W' = W ⊙ l by columns, the bias stays
 base_model.model.<module>.ia3_l [1, n, 1…]   a convolution: its outputs, or inputs where feedforward_modules names it
 base_model.model.<parameter>                 a module of modules_to_save, whole

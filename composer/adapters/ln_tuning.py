@@ -1,6 +1,6 @@
 """LayerNorm tuning: the norms are trained whole (arXiv:2312.11420; peft/tuners/ln_tuning/layer.py).
 
-base_model.model.<module>.ln_tuning_layers.weight (and .bias)     takes the place of <module>.weight (and .bias)
+base_model.model.<module>.ln_tuning_layers.weight (and .bias)     W' = the saved weight, b' = the saved bias
 base_model.model.<parameter>                                      a module of modules_to_save, whole
 """
 
@@ -22,7 +22,7 @@ LAYERS = re.compile(r"\.ln_tuning_layers\.(?:default\.)?")
 
 @adapter_kind
 class LnTuning:
-    """Whole tensors, one Replace each."""
+    """Weights and biases of norms, whole."""
 
     name = "ln-tuning"
     peft_types = ("LN_TUNING",)

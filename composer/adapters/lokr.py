@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class Lokr:
 
     name = "lokr"
     peft_types = ("LOKR",)
+    refuses: ClassVar = {"convolutions": "not read yet"}
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError for convolutions, CorruptFileError for factors that do not fit one another."""

@@ -18,9 +18,9 @@ s = alpha / r, or alpha / √r with use_rslora; rank_pattern and alpha_pattern o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from composer.adapters import Signature, Target, adapter_kind, parameter_count, refuse
+from composer.adapters import Signature, Target, adapter_kind, parameter_count
 from composer.adapters._common import PREFIX
 from composer.adapters._lora_config import check_numbers, lora_scale
 from composer.adapters._lora_parameters import check_parameters, parameter_delta, parameter_target, split_parameters
@@ -57,22 +57,13 @@ class Lora:
 
     name = "lora"
     peft_types = ("LORA",)
+    refuses: ClassVar = {
+        "`init_lora_weights` of CorDA, LoftQ, LoRA-GA or PiSSA by iterations": "the base that it left is in no file",
+        "grouped convolutions": "the LoRA mixes channels of all groups, as PEFT refuses too",
+    }
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Refuse the variants of LoRA whose delta is not s·B·A, and files that do not pair up."""
-        unsupported = {
-            "alora_invocation_tokens": "activated LoRA (it depends on the input)",
-            "use_qalora": "QALoRA",
-            "megatron_config": "Megatron layers",
-        }
-        for option, what in unsupported.items():
-            if config.get(option):
-                raise refuse(
-                    f"{what} is not supported yet: {option}={config[option]!r} in adapter_config.json",
-                    expected=f"{option} unset",
-                    found=config[option],
-                    remedy="merge it with PEFT, or retrain without it",
-                )
         check_numbers(config)
         layers = layer_map(config)
         factors = factors_of(header)

@@ -2,7 +2,7 @@
 
 base_model.model.<module>.miss_block [r, out]              W[o, i] += block[i mod r, o]
                           miss_block [r, mini_r]           init_weights="mini": W[o, i] += block[i mod r, o mod mini_r]
-                          miss_block [out / r, r, r]       init_weights="bat": each r × r block of W += W·B + B
+                          miss_block [out / r, r, r]       init_weights="bat", by r × r blocks: W += W·B + B
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ class Miss(ModuleKind):
         if mini:
             return (ANY_SIZE, ANY_SIZE)
         return (found[0] * found[1] if init == "bat" else found[1], ANY_SIZE)
+
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        init = config.get("init_weights")
+        if init == "bat":
+            return (f"columns multiple of {config['r']}",)
+        return (f"rows multiple of {config['mini_r']}",) if init == "mini" else ()
 
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         block = read_array(parts["miss_block"])

@@ -42,6 +42,10 @@ class Oft(ModuleKind):
             raise damaged(f"{module}: the parts of OFT do not fit", expected, [list(spec.shape), terms])
         return (ANY_SIZE, ANY_SIZE if config.get("block_share") else spec.shape[0] * size)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        size = _block_size(parts[WEIGHT].shape[1])
+        return (f"columns multiple of {size}",) if config.get("block_share") else ()
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         triangles = read_array(parts[WEIGHT])
         size = _block_size(triangles.shape[1])

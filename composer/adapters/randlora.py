@@ -4,6 +4,7 @@ base_model.randlora_A [r, 1, min]    base_model.randlora_B [max, n, r]    larges
 base_model.model.<module>.randlora_lambda [r, n]    randlora_gamma [n, min(out, in)]
 
 D = B·(λ ⊙ A ⊙ γ), [max(out, in), min(out, in)]     W += alpha / r · D, transposed where out < in
+Without save_projection A and B are not in the file, and follow from projection_prng_key and the base's sizes.
 PEFT lays B out as [n, r] and the scaled A as [r, n]: the product pairs them as they lie, and so do we.
 """
 
@@ -14,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from composer.adapters import ANY_SIZE, adapter_kind, refuse
+from composer.adapters import ANY_SIZE, adapter_kind
 from composer.adapters._common import damaged
-from composer.adapters._modules import ModuleKind, Parts, unfit
+from composer.adapters._modules import Parts, unfit
+from composer.adapters._projections import DrawnKind, check_key, randlora_projections
 from composer.deltas import BlockDelta, read_array
 from composer.product import product
-from composer.tensors import SafetensorsHeader
 
 __all__ = ["Randlora"]
 
@@ -45,40 +46,52 @@ class LoadedBases:
 
 
 @adapter_kind
-class Randlora(ModuleKind):
+class Randlora(DrawnKind):
     """Scaled sums of shared random bases on linear (and Conv1D) weights."""
 
     name = "randlora"
     peft_types = ("RANDLORA",)
     parts = ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B")
     shared = ("randlora_A", "randlora_B")
+    optional = shared
     numbers = ("randlora_alpha",)
 
-    def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
-        """Raise UnsupportedAdapterError where the bases were not saved, else as every kind."""
-        if config.get("save_projection") is False:
-            raise refuse(
-                "RANDLORA without its bases in the file is not supported",
-                expected="save_projection=True",
-                found=False,
-                remedy="load it with PEFT, set save_projection=True in its config and save it again",
-            )
-        super().check(config, header)
-
-    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, int]:
-        shapes = {name: spec.shape for name, spec in parts.items()}
-        scales, gamma, a, b = (shapes[name] for name in self.parts)
-        fits = len(scales) == len(gamma) == 2 and len(a) == len(b) == 3 and 0 not in (*scales, *gamma, *a, *b)
-        fits = fits and scales[0] == a[0] == b[2] == config.get("r") and scales[1] == gamma[0] <= b[1]
-        if not fits or a[1] != 1 or gamma[1] > a[2]:
+    def shape(self, config: dict[str, Any], module: str, parts: Parts) -> tuple[int, ...]:
+        shapes, rank = {name: spec.shape for name, spec in parts.items()}, config.get("r")
+        (scales, gamma), (a, b) = (shapes[name] for name in self.parts[:2]), (shapes.get(name) for name in self.shared)
+        fits = len(scales) == len(gamma) == 2 and 0 not in (*scales, *gamma)
+        fits = fits and scales[0] == rank and scales[1] == gamma[0]
+        if config.get("save_projection") is False and a is None and b is None:
+            check_key(config)
+        else:
+            fits = fits and a is not None and b is not None and len(a) == len(b) == 3 and 0 not in (*a, *b)
+            fits = fits and a[0] == b[2] == rank and gamma[0] <= b[1] and a[1] == 1 and gamma[1] <= a[2]
+        if not fits:
             found = {name: list(shape) for name, shape in shapes.items()}
             raise damaged(
                 f"{module}: the parts of RandLoRA do not fit", "λ [r, n], γ [n, min], A [r, 1, …], B […, n, r]", found
             )
         return (ANY_SIZE, ANY_SIZE)
 
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        least = parts["randlora_gamma"].shape[1]
+        most = (f"larger <= {parts['randlora_B'].shape[0]}",) if "randlora_B" in parts else ()
+        return (f"smaller = {least}", *most)
+
+    def held(self, config: dict[str, Any]) -> int:
+        """The bases where they were not saved, as drawn and as laid out for the product: n · r is about min."""
+        (least, most), rank = sorted(config["sizes"]), config["r"]
+        return 8 * (least + most) * (least + rank) if config.get("save_projection") is False else 0
+
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
-        scales, gamma, a, b = (read_array(parts[name]) for name in self.parts)
+        scales, gamma = (read_array(parts[name]) for name in self.parts[:2])
+        if self.shared[0] in parts:
+            a, b = (read_array(parts[name]) for name in self.shared)
+        else:
+            sparse = bool(config.get("sparse")), bool(config.get("very_sparse"))
+            a, b = randlora_projections(config["r"], config["sizes"], config["projection_prng_key"], *sparse)
+        if len(gamma) > b.shape[1] or gamma.shape[1] > a.shape[2]:
+            raise unfit("randlora", f"a weight whose smaller size is at least {gamma.shape[1]}", a.shape[2])
         small = scales[:, :, None] * a[:, :, : gamma.shape[1]] * gamma[None]
         large = np.ascontiguousarray(b[:, : len(gamma)]).reshape(len(b), -1)
         scale = np.float32(config["randlora_alpha"] / config["r"])

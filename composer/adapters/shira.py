@@ -42,7 +42,7 @@ class LoadedSparse:
 
 @adapter_kind
 class Shira(ModuleKind):
-    """Sparse changes to linear weights; the sizes of the weight are known by rank only, so the base says them."""
+    """Sparse changes to linear weights."""
 
     name = "shira"
     peft_types = ("SHIRA",)
@@ -61,6 +61,10 @@ class Shira(ModuleKind):
             found = [list(values.shape), list(places.shape), places.dtype]
             raise damaged(f"{module}: the parts of SHiRA do not fit", "weight [n] and integer indices [2, n]", found)
         return (ANY_SIZE, ANY_SIZE)
+
+    def conditions(self, config: dict[str, Any], parts: Parts) -> tuple[str, ...]:
+        count, rank = parts["shira_weight"].shape[0], config.get("r")
+        return (f"sum = {count // rank}",) if type(rank) is int and rank > 0 else ()
 
     def build(self, config: dict[str, Any], parts: Parts) -> BlockDelta:
         row, column = parts["shira_indices"].read().astype(np.int64)

@@ -192,7 +192,7 @@ def _relatives(session: Session, row: BaseModelRow) -> dict[str, str]:
 
 def version_verdict(session: Session, version: VersionRow, facts: BaseFacts) -> Verdict:
     """The verdict for a published version on a base."""
-    targets = tuple(Target(target.parameter, tuple(target.shape)) for target in version.targets)
+    targets = tuple(Target.of(target.parameter, target.shape) for target in version.targets)
     return assess(
         targets, version_claim(session, version), facts, differing_tensors(session, version, facts.fingerprint)
     )

@@ -319,7 +319,7 @@ class Publishing:
                 (owner.full_name, text, *labels, claim.name or "", signature.kind, *signature.target_modules)
             ).lower(),
             files=files,
-            targets=[VersionTargetRow(parameter=t.parameter, shape=list(t.shape)) for t in signature.targets],
+            targets=[VersionTargetRow(parameter=t.parameter, shape=list(t.needs)) for t in signature.targets],
         )
         session.add(row)
         session.flush()

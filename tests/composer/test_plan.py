@@ -163,7 +163,7 @@ def test_initialisations_that_leave_the_base_alone_are_accepted(lora: Callable[.
     assert open_adapter(lora(init_lora_weights=init)).signature.rank == 2
 
 
-@pytest.mark.parametrize("kind", ["WAVEFT", "UNILORA", "OSF", "lora", "", None, 7, ["LORA"], {}])
+@pytest.mark.parametrize("kind", ["BONE", "LORA2", "lora", "", None, 7, ["LORA"], {}])
 def test_other_kinds_are_refused_by_name(lora: Callable[..., Path], kind: Any) -> None:
     """UnknownAdapterTypeError says what was found and what can be read."""
     adapter = lora()

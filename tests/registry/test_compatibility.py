@@ -15,7 +15,7 @@ from composer.recipe import Allow, parse_recipe
 from registry.errors import BaseChangedError
 from registry.schemas import BaseStatus, Level, Relation
 from registry.services.local import LocalRegistry
-from tests.support import edit_json, write_base, write_lora
+from tests.support import edit_json, write_base, write_lora, write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
 MLP = "model.layers.0.mlp.up_proj"
@@ -108,6 +108,35 @@ def test_other_shapes_are_incompatible_whatever_is_allowed(registry: LocalRegist
     with pytest.raises(TargetMismatchError) as caught:
         registry.compose(parse_recipe("small+team/a", allow=Allow.SHAPE), tmp_path / "out")
     assert caught.value.fields["keys"] == [f"{Q}.weight"]
+
+
+def test_sizes_that_an_adapter_bounds_are_part_of_the_verdict(
+    registry: LocalRegistry, base: Path, tmp_path: Path
+) -> None:
+    """A VeRA knows no width, but that of its projections: a wider base does not fit, in both directions and in a plan."""
+    random = np.random.default_rng(0)
+    parts = {
+        "base_model.vera_A": (2, 4),
+        "base_model.vera_B": (6, 2),
+        f"base_model.model.{Q}.vera_lambda_b": (6,),
+        f"base_model.model.{Q}.vera_lambda_d": (2,),
+    }
+    folder = tmp_path / "vera"
+    write_tensors(
+        folder / "adapter_model.safetensors",
+        {name: random.normal(size=shape).astype(np.float32) for name, shape in parts.items()},
+    )
+    (folder / "adapter_config.json").write_text('{"peft_type": "VERA", "r": 2}')
+    registry.publish(folder, name="team/vera")
+    registry.add_base(
+        write_base(tmp_path / "wide", {**weights(), f"{Q}.weight": np.ones((6, 5), np.float16)}), name="wide"
+    )
+    levels = {item.base.name: item.verdict.level for item in registry.bases_for("team/vera")}
+    assert levels.get("wide", Level.INCOMPATIBLE) is Level.INCOMPATIBLE
+    assert levels["base"] is Level.SHAPE
+    verdict = registry.check("team/vera", "wide")
+    assert verdict.level is Level.INCOMPATIBLE
+    assert "with columns <= 4, the base has [6, 5]" in verdict.reasons[0].message
 
 
 def test_only_the_touched_modules_count(registry: LocalRegistry, lora: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,31 @@ import pytest
 import torch
 
 from composer.adapters import kinds, open_adapter
-from composer.adapters.unmergeable import REASONS
-from composer.errors import CorruptFileError, RecipeError, TargetMismatchError, UnsupportedAdapterError
+from composer.adapters.unmergeable import REASONS, SWITCHES, UNTOLD
+from composer.errors import (
+    CorruptFileError,
+    MissingDependencyError,
+    RecipeError,
+    TargetMismatchError,
+    UnsupportedAdapterError,
+)
 from composer.recipe import Dtype
 from composer.tensors import read_header
 from tests.conftest import llama_config, save_model
-from tests.support import compose_folders, edit_json, plan_folders, read_tensors, weight_bytes, write_tensors
+from tests.oracles import ORACLES, PEFT_FORWARD
+from tests.support import (
+    compose_folders,
+    edit_json,
+    plan_folders,
+    read_tensors,
+    weight_bytes,
+    write_lora,
+    write_tensors,
+)
 
 LINEAR = ["q_proj", "k_proj", "gate_proj", "down_proj"]
+DRAWN = {"save_projection": False, "projection_prng_key": 11}
+BUTTERFLY = {"boft_n_butterfly_factor": 3}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # case: (base, PEFT's config class, options)
     "lora": ("llama", "LoraConfig", {"target_modules": LINEAR, "r": 3}),
@@ -141,12 +159,126 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gralora-hybrid": ("bert", "GraloraConfig", {"target_modules": ["query", "dense"], "r": 6, "hybrid_r": 3}),
     "hira": ("llama", "HiraConfig", {"target_modules": LINEAR, "r": 3}),
     "delora": ("llama", "DeloraConfig", {"target_modules": LINEAR, "r": 3, "delora_lambda": 30}),
+    "boft-butterfly": ("llama", "BOFTConfig", {"target_modules": LINEAR, "boft_block_size": 4, **BUTTERFLY}),
+    "vera-drawn": ("llama", "VeraConfig", {"target_modules": LINEAR, "r": 4, **DRAWN}),
+    "vera-drawn-conv1d": (
+        "gpt2",
+        "VeraConfig",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "r": 4, "fan_in_fan_out": True, **DRAWN},
+    ),
+    "pvera-drawn": ("llama", "PveraConfig", {"target_modules": LINEAR, "r": 4, **DRAWN}),
+    "randlora-drawn": ("llama", "RandLoraConfig", {"target_modules": LINEAR, "r": 7, **DRAWN}),
+    "randlora-drawn-sparse": (
+        "bert",
+        "RandLoraConfig",
+        {"target_modules": ["query", "dense"], "r": 8, "sparse": True, **DRAWN},
+    ),
+    "randlora-drawn-very-sparse": (
+        "bert",
+        "RandLoraConfig",
+        {"target_modules": ["query", "dense"], "r": 8, "very_sparse": True, **DRAWN},
+    ),
+    "beft": ("bert", "BeftConfig", {"target_modules": ["query", "dense"]}),
+    "deft": ("llama", "DeftConfig", {"target_modules": LINEAR, "r": 3, "alpha": 5}),
+    "deft-qr": ("bert", "DeftConfig", {"target_modules": ["query", "dense"], "r": 3, "decomposition_method": "qr"}),
+    "deft-para": ("llama", "DeftConfig", {"target_modules": LINEAR, "r": 3, "para": True}),
+    "deft-conv1d": (
+        "gpt2",
+        "DeftConfig",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "r": 2, "fan_in_fan_out": True},
+    ),
+    "peanut": ("llama", "PeanutConfig", {"target_modules": LINEAR, "r": 3, "scaling": 0.7}),
+    "peanut-deep": (
+        "bert",
+        "PeanutConfig",
+        {"target_modules": ["query", "dense"], "r": 4, "depth": 2, "act_fn": "silu", "scaling": 9},
+    ),
+    "supertuning": ("llama", "SupertuningConfig", {"target_modules": LINEAR, "sparsity": 0.9}),
+    "supertuning-supra": (
+        "bert",
+        "SupertuningConfig",
+        {"target_modules": ["query", "dense"], "sparsity": 0.99, "r": 2, "lora_alpha": 5, "select_top": False},
+    ),
+    "unilora": ("llama", "UniLoraConfig", {"target_modules": LINEAR, "r": 3, "save_indices": True}),
+    "unilora-conv1d": (
+        "gpt2",
+        "UniLoraConfig",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "r": 2, "save_indices": True, "fan_in_fan_out": True},
+    ),
+    "glora": ("llama", "GloraConfig", {"target_modules": LINEAR, "r": 2}),
+    "glora-bias": ("bert", "GloraConfig", {"target_modules": ["query", "dense"], "r": 2}),
+    "glora-vectors": (
+        "bert",
+        "GloraConfig",
+        {
+            "target_modules": ["query", "dense"],
+            "r": 2,
+            "config_A_B": "vector",
+            "config_C": "vector",
+            "config_D_E": "vector",
+        },
+    ),
+    "glora-numbers": (
+        "bert",
+        "GloraConfig",
+        {"target_modules": ["dense"], "config_A_B": "constant", "config_C": "none", "config_D_E": "constant"},
+    ),
+    "tinylora": ("llama", "TinyLoraConfig", {"target_modules": LINEAR, "r": 2, "u": 5}),
+    "tinylora-groups": ("llama", "TinyLoraConfig", {"target_modules": LINEAR, "r": 3, "u": 4, "weight_tying": 0.7}),
+    "tinylora-tied": (
+        "gpt2",
+        "TinyLoraConfig",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "weight_tying": 1.0},
+    ),
+    "waveft": ("llama", "WaveFTConfig", {"target_modules": LINEAR, "n_frequency": 50, "scaling": 9.0}),
+    "waveft-plain": ("llama", "WaveFTConfig", {"target_modules": LINEAR, "n_frequency": 50, "use_idwt": False}),
+    "waveft-conv1d": (
+        "gpt2",
+        "WaveFTConfig",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "n_frequency": 20, "scaling": 5.0, "fan_in_fan_out": True},
+    ),
+    "frod": ("llama", "FrodConfig", {"target_modules": LINEAR, "progressbar": False}),
+    "frod-roles": (
+        "bert",
+        "FrodConfig",
+        {"target_modules": ["query", "dense"], "sparse_rate": 0.1, "progressbar": False},
+    ),
+    "osf": ("llama", "OSFConfig", {"target_modules": LINEAR, "effective_rank": 30}),
+    "osf-half": ("bert", "OSFConfig", {"target_modules": ["query", "dense"]}),
+    "kasa": (
+        "llama",
+        "LoraConfig",
+        {"target_modules": LINEAR, "r": 4, "use_rslora": True, "kasa_config": "KasaConfig"},
+    ),
+    "bdlora": (
+        "llama",
+        "LoraConfig",
+        {
+            "target_modules": LINEAR,
+            "r": 4,
+            "alpha_pattern": {"down_proj": 3},
+            "use_bdlora": {
+                "target_modules_bd_a": ["down_proj"],
+                "target_modules_bd_b": ["q_proj", "k_proj"],
+                "nblocks": 2,
+                "match_strict": False,
+            },
+        },
+    ),
+    "lora-training-velora": (
+        "llama",
+        "LoraConfig",
+        {"target_modules": LINEAR, "r": 4, "velora_config": "VeloraConfig"},
+    ),
+    "lora-training-monteclora": (
+        "llama",
+        "LoraConfig",
+        {"target_modules": LINEAR, "r": 4, "lora_alpha": 3, "monteclora_config": "MontecloraConfig"},
+    ),
     "trainable-tokens": ("llama", "TrainableTokensConfig", {"token_indices": [3, 5, 60]}),
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
-# test_kinds_that_… below; tests/composer/test_checkpoint_delta.py
-ELSEWHERE = {"unmergeable", "checkpoint-delta"}
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +322,37 @@ def load(base: Path) -> Any:
     return auto.from_pretrained(base, dtype=torch.float32)
 
 
-def make_adapter(case: str, bases: dict[str, Path], folder: Path) -> torch.Tensor:
+def nested_config(value: Any) -> Any:
+    """An option of a case; the name of a config class of PEFT's LoRA stands for that config as it comes."""
+    from peft.tuners.lora import config
+
+    return getattr(config, value)() if isinstance(value, str) and value.endswith("Config") else value
+
+
+class BlocksOnTheCpu:
+    """Stands in for PEFT's CUDA extension, without which BOFT has no butterflies: each [n, b, b] on a diagonal."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+
+@pytest.fixture(autouse=True)
+def butterflies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT computes BOFT's butterflies on the CPU in the cases that have them."""
+    from peft.tuners.boft import layer
+
+    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+    if case == "boft-butterfly":
+        monkeypatch.setattr(layer, "get_fbd_cuda", BlocksOnTheCpu)
+
+
+def make_adapter(case: str, bases: dict[str, Path], folder: Path, **changes: Any) -> torch.Tensor:
     """Save PEFT's adapter of a case, each of its parameters far from its initial value; returns PEFT's own output."""
     import peft
 
     base, config, options = CASES[case]
+    options = {field: nested_config(value) for field, value in {**options, **changes}.items()}
     torch.manual_seed(5)
     adapted = peft.get_peft_model(load(bases[base]), getattr(peft, config)(**options))
     for parameter in adapted.parameters():
@@ -217,9 +375,10 @@ def adapter_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_every_kind_has_an_oracle() -> None:
-    """A kind added without a case here fails."""
+    """A kind added without a case here, or another oracle in tests/oracles.py, fails."""
     covered = {kind for case in CASES for kind in kinds() if case == kind or case.startswith(f"{kind}-")}
-    assert covered | ELSEWHERE == set(kinds())
+    assert {kind for kind, oracle in ORACLES["kinds"].items() if oracle == PEFT_FORWARD} <= covered
+    assert set(ORACLES["kinds"]) == set(kinds())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -325,7 +484,7 @@ def test_a_wrong_fan_in_fan_out_is_refused(bases: dict[str, Path], tmp_path: Pat
     make_adapter("ia3-conv1d", bases, tmp_path / "adapter")
     arrays = {name: a for name, a in adapter_arrays(tmp_path / "adapter").items() if "attn.c_proj" in name}
     square = copy_adapter(tmp_path / "adapter", tmp_path / "square", arrays)
-    edit_json(square / "adapter_config.json", fan_in_fan_out=False)
+    edit_json(square / "adapter_config.json", fan_in_fan_out=False, target_modules=["attn.c_proj"])
     with pytest.raises(IncompatibleError, match="fan_in_fan_out"):
         plan_folders(bases["gpt2"], [(square, 1.0)])
 
@@ -342,6 +501,135 @@ def test_kinds_that_are_no_change_of_weights_say_why(peft_type: str, tmp_path: P
         open_adapter(tmp_path)
     assert REASONS[peft_type] in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("peft_type", UNTOLD)
+def test_kinds_whose_file_does_not_say_all_of_the_change_say_why(peft_type: str, tmp_path: Path) -> None:
+    """UnsupportedAdapterError with the reason and the export that works."""
+    write_tensors(tmp_path / "adapter_model.safetensors", {"numbers": np.ones((2, 4), np.float32)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+    with pytest.raises(UnsupportedAdapterError, match=f"{peft_type} cannot be merged from its file") as caught:
+        open_adapter(tmp_path)
+    assert UNTOLD[peft_type] in str(caught.value)
+    assert "registry extract" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("arrow_config", {"top_k": 3}),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+        ("megatron_config", {"a": 1}),
+    ],
+)
+def test_a_lora_that_acts_on_some_inputs_only_says_why(field: str, value: Any, tmp_path: Path) -> None:
+    """UnsupportedAdapterError that names the field of the config."""
+    write_lora(tmp_path, {"model.layers.0.self_attn.q_proj": (64, 64)}, **{field: value})
+    with pytest.raises(UnsupportedAdapterError, match=f"{field} cannot be merged into weights") as caught:
+        open_adapter(tmp_path)
+    assert SWITCHES[field] in str(caught.value)
+
+
+def test_every_type_that_peft_has_is_composed_or_refused_by_name() -> None:
+    """A type that is new in PEFT fails here until a kind reads it or says why not."""
+    import peft
+
+    known = {peft_type for kind in kinds().values() for peft_type in kind.peft_types}
+    assert {member.value for member in peft.PeftType} <= known
+
+
+# What PEFT's config of a LoRA may hold: how it was trained, what composes (with an oracle here, in test_lora_variants.py
+# or in test_merge_oracles.py), and what is refused by name, wholly or for some of its values.
+TRAINING = {"lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
+TRAINING |= {"inference_mode", "task_type", "peft_version", "auto_mapping", "revision", "megatron_core"}
+COMPOSED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"}
+COMPOSED |= {"fan_in_fan_out", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform"}
+COMPOSED |= {"layers_pattern", "base_model_name_or_path", "peft_type", "kasa_config", "use_bdlora", "velora_config"}
+COMPOSED |= {
+    "monteclora_config",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "ensure_weight_tying",
+}
+REFUSED = {*SWITCHES, "qalora_group_size", "init_lora_weights"}
+
+
+def test_every_field_of_a_lora_config_is_accounted_for() -> None:
+    """A field that is new in PEFT fails here until it is known what it does to the weights."""
+    import dataclasses
+
+    import peft
+
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields == TRAINING | COMPOSED | REFUSED
+
+
+@pytest.mark.parametrize("family", ["db4", "sym5", "coif3"])
+def test_the_filters_of_other_wavelets_are_pefts(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: PEFT's forward; the filters come with PyWavelets, and PEFT has tables of its own."""
+    pytest.importorskip("pywt")
+    wanted = make_adapter("waveft", bases, tmp_path / "adapter", wavelet_family=family)
+    compose_folders(bases["llama"], [(tmp_path / "adapter", 1.0)], tmp_path / "llama")
+    assert torch.allclose(run_model(load(tmp_path / "llama")), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wavelet_without_its_filters_names_the_package(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MissingDependencyError before anything is composed; the default wavelet needs no package."""
+    make_adapter("waveft", bases, tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "pywt", None)
+    open_adapter(tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", wavelet_family="db4")
+    with pytest.raises(MissingDependencyError, match="PyWavelets"):
+        open_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("case", ["vera", "pvera", "randlora"])
+def test_projections_that_are_drawn_again_count_as_memory(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The bound of a plan does not fall when the file no longer holds them."""
+    make_adapter(case, bases, tmp_path / "saved")
+    make_adapter(f"{case}-drawn", bases, tmp_path / "drawn")
+    bounds = [plan_folders(bases["llama"], [(tmp_path / name, 1.0)]).peak_bytes for name in ("saved", "drawn")]
+    assert 0 < bounds[0] <= bounds[1]
+
+
+def test_a_tinylora_whose_matrices_nobody_drew_is_corrupt(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The place of a module among the others follows from its P; with another P its vector is not known."""
+    make_adapter("tinylora", bases, tmp_path / "adapter")
+    arrays = adapter_arrays(tmp_path / "adapter")
+    name = next(name for name in arrays if name.endswith("tinylora_P"))
+    copy_adapter(tmp_path / "adapter", tmp_path / "other", {**arrays, name: arrays[name][::-1]})
+    with pytest.raises(CorruptFileError, match="tinylora_P"):
+        compose_folders(bases["llama"], [(tmp_path / "other", 1.0)], tmp_path / "out")
+
+
+def test_biases_that_the_base_lacks_cannot_change(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A BEFT needs the bias it adds to: TargetMismatchError that names it."""
+    arrays = {"base_model.model.model.layers.0.self_attn.q_proj.beft_bias": np.ones((1, 64), np.float32)}
+    write_tensors(tmp_path / "adapter" / "adapter_model.safetensors", arrays)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "BEFT"}))
+    with pytest.raises(TargetMismatchError, match=r"q_proj\.bias"):
+        plan_folders(bases["llama"], [(tmp_path / "adapter", 1.0)])
+
+
+@pytest.mark.parametrize("case", ["unilora", "frod", "supertuning"])
+def test_places_outside_the_numbers_they_point_at_are_refused(
+    case: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """An index that is negative or too large is an error, and nothing is written."""
+    make_adapter(case, bases, tmp_path / "adapter")
+    arrays = adapter_arrays(tmp_path / "adapter")
+    name = next(name for name in arrays if "indices" in name)
+    for index, wrong in enumerate((-1, 1 << 20)):
+        moved = arrays[name].copy()
+        moved.flat[0] = wrong
+        copy = copy_adapter(tmp_path / "adapter", tmp_path / f"adapter-{index}", {**arrays, name: moved})
+        with pytest.raises((CorruptFileError, TargetMismatchError)):
+            compose_folders(bases["llama"], [(copy, 1.0)], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 LINEAR_IN_WEIGHT = [
@@ -447,6 +735,8 @@ def test_an_adalora_whose_config_does_not_fit_is_corrupt(
 
 
 MISSING = ["boft", "vera", "pvera", "randlora", "vblora-topk", "shira", "road", "gralora", "hira", "delora"]
+MISSING += ["deft", "peanut-deep", "supertuning-supra", "unilora", "glora", "glora-bias", "tinylora", "frod", "osf"]
+MISSING += ["kasa", "bdlora", "vera-drawn", "randlora-drawn"]
 
 
 @pytest.mark.parametrize("case", MISSING)
@@ -461,8 +751,32 @@ def test_a_missing_part_is_refused(case: str, bases: dict[str, Path], tmp_path: 
             open_adapter(copy_adapter(tmp_path / "adapter", tmp_path / str(index), rest))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_missing_module_is_refused(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """A file that lacks all tensors of one module, its last or any other, is not merged without it.
+
+    TargetMismatchError names the module; or the kind has noticed by itself, as CorruptFileError.
+    """
+    make_adapter(case, bases, tmp_path / "adapter")
+    arrays = adapter_arrays(tmp_path / "adapter")
+    signature = open_adapter(tmp_path / "adapter").signature
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()).get("modules_to_save") or []
+    modules = [
+        target.parameter.rpartition(".")[0]
+        for target in signature.targets
+        if not any(name in target.parameter for name in (*saved, "pooler", "LayerNorm", "embeddings"))
+    ]
+    for index, module in enumerate([modules[0], modules[-1]]):
+        rest = {name: array for name, array in arrays.items() if f".{module}." not in name}
+        assert len(rest) < len(arrays)
+        cut = copy_adapter(tmp_path / "adapter", tmp_path / f"cut-{index}", rest)
+        with pytest.raises((TargetMismatchError, CorruptFileError)):
+            plan_folders(bases[CASES[case][0]], [(cut, 1.0)])
+
+
 NEW_KINDS = ["oft", "boft", "hra", "vera", "randlora", "fourierft", "vblora", "miss", "miss-bat", "miss-mini", "shira"]
-NEW_KINDS += ["c3a", "road", "gralora", "hira", "delora"]
+NEW_KINDS += ["c3a", "road", "gralora", "hira", "delora", "beft", "deft", "peanut-deep", "supertuning-supra", "unilora"]
+NEW_KINDS += ["glora-bias", "tinylora", "waveft", "frod", "osf", "kasa", "bdlora", "vera-drawn"]
 
 
 @pytest.mark.parametrize("case", NEW_KINDS)
@@ -497,6 +811,24 @@ def test_a_part_of_another_shape_is_refused(case: str, bases: dict[str, Path], t
         ("miss", {"init_weights": "bat"}),
         ("road", {"variant": "road_3"}),
         ("road", {"group_size": 7}),
+        ("vera-drawn", {"projection_prng_key": "7"}),
+        ("vera-drawn", {"r": "4"}),
+        ("pvera-drawn", {"r": 8}),
+        ("randlora-drawn", {"projection_prng_key": -1}),
+        ("deft", {"para": True}),
+        ("deft", {"alpha": "5"}),
+        ("peanut-deep", {"depth": 1}),
+        ("peanut", {"scaling": "1"}),
+        ("supertuning", {"r": 2, "lora_alpha": 2}),
+        ("supertuning-supra", {"r": 3}),
+        ("tinylora", {"weight_tying": 2}),
+        ("tinylora", {"weight_tying": 1.0}),
+        ("tinylora", {"projection_seed": "42"}),
+        ("waveft", {"scaling": None}),
+        ("waveft", {"random_loc_seed": 1.5}),
+        ("kasa", {"lora_alpha": "4"}),
+        ("bdlora", {"use_bdlora": True}),
+        ("bdlora", {"use_bdlora": {"nblocks": 0}}),
         ("gralora", {"alpha": "3"}),
         ("gralora", {"hybrid_r": 2}),
     ],
@@ -514,8 +846,15 @@ def test_a_config_that_does_not_fit_its_tensors_is_corrupt(
 @pytest.mark.parametrize(
     ("case", "changes"),
     [
-        ("vera", {"save_projection": False}),
-        ("randlora", {"save_projection": False}),
+        ("tinylora", {"save_projection": False}),
+        ("frod", {"save_projection": False}),
+        ("unilora", {"save_indices": False}),
+        ("supertuning", {"save_precomputed_indices": False}),
+        ("peanut", {"act_fn": "gelu"}),
+        ("waveft", {"wavelet_family": "coif4"}),
+        ("kasa", {"use_dora": True}),
+        ("bdlora", {"init_lora_weights": "pissa"}),
+        ("deft", {"decomposition_method": "svd"}),
         ("pvera", {"sample_at_inference": True}),
         ("miss", {"init_weights": "other"}),
         ("hra", {"apply_GS": "maybe"}),
@@ -532,18 +871,38 @@ def test_options_that_are_not_composed_are_refused_by_name(
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("case", ["oft-shared", "vera", "randlora", "miss-bat", "shira", "fourierft"])
+OTHER_SIZES = [
+    "oft-shared",
+    "miss-mini",
+    "vera",
+    "randlora",
+    "randlora-drawn",
+    "miss-bat",
+    "shira",
+    "fourierft",
+    "waveft",
+    "supertuning",
+    "frod",
+]
+
+
+@pytest.mark.parametrize("case", OTHER_SIZES)
 def test_a_base_of_other_sizes_is_refused(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Sizes that only the base tells: TargetMismatchError, and no output."""
+    """Sizes that only the base tells: TargetMismatchError before a byte of it is read."""
     make_adapter(case, bases, tmp_path / "adapter")
     tensors = {name: tensor.numpy() for name, tensor in read_tensors(bases["llama"]).items()}
     name = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.weight"))
     rows, columns = tensors[name].shape
-    shape = {"vera": (rows, 999), "randlora": (rows, 3), "fourierft": (7, 7)}.get(case, (rows, columns - 1))
-    if case == "shira":
+    shape = {
+        "vera": (rows, 999),
+        "randlora": (rows, 3),
+        "fourierft": (7, 7),
+        "waveft": (7, 7),
+        "supertuning": (7, 7),
+    }.get(case, (rows, columns - 1))
+    if case in ("shira", "miss-mini"):
         shape = (3, columns)
     write_tensors(tmp_path / "base" / "model.safetensors", {**tensors, name: np.zeros(shape, np.float32)})
     (tmp_path / "base" / "config.json").write_bytes((bases["llama"] / "config.json").read_bytes())
-    with pytest.raises(TargetMismatchError):
-        compose_folders(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(TargetMismatchError, match=r"layers\.0\.self_attn\.q_proj\.weight: the adapter expects"):
+        plan_folders(tmp_path / "base", [(tmp_path / "adapter", 1.0)])
