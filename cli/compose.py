@@ -27,6 +27,15 @@ RECIPE_FILES = (".yaml", ".yml", ".json")
 def recipe_options(command: F) -> F:
     """The argument RECIPE and what its text leaves open."""
     command = click.option(
+        "--min-survival",
+        type=click.FloatRange(0, 1),
+        default=0.1,
+        show_default=True,
+        metavar="SHARE",
+        help="What --requantise must leave of each adapter.",
+    )(command)
+    command = click.option("--requantise", is_flag=True, help="Write the result quantised as the base is.")(command)
+    command = click.option(
         "--original",
         metavar="NAME|PATH",
         help="The base that a quantised one was made of; default: its declared parent.",
@@ -110,7 +119,8 @@ def default_out(recipe: Recipe) -> Path:
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
     rank = "" if recipe.rank is None else f"-r{recipe.rank}"
     precision = "-original" if recipe.base_precision.value == "original" else ""
-    return Path(f"{name}{method}{dtype}{export}{rank}{precision}")
+    requantised = "-requantised" if recipe.requantise else ""
+    return Path(f"{name}{method}{dtype}{export}{rank}{precision}{requantised}")
 
 
 @click.command()

@@ -138,12 +138,13 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run needs."""
+    """All that a run needs. `quantised` is the recipe's own base where `checkpoint` is its original, else the same."""
 
     recipe: Recipe
     checkpoint: Checkpoint
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
+    quantised: Checkpoint
 
     @property
     def nbytes(self) -> int:
@@ -171,12 +172,21 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
-        return max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
+        merging = max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
+        return merging + (self._largest_layer if self.recipe.requantise else 0)
+
+    @property
+    def _largest_layer(self) -> int:
+        layers = (tensor for tensor in self.quantised.tensors.values() if isinstance(tensor, QuantisedTensor))
+        return max((sum(part.nbytes for part in tensor.parts) for tensor in layers), default=0)
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term], quantised: Checkpoint | None = None
+) -> Plan:
     """Resolve every adapter tensor to a base tensor, and lay out the output files. Reads headers only.
 
+    checkpoint: what is merged into. quantised: the recipe's base, where that is the quantised form of `checkpoint`.
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
     UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
@@ -206,7 +216,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards))
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), quantised or checkpoint)
 
 
 def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:

@@ -149,6 +149,10 @@ class Recipe(_Model):
     original: str | None = Field(
         default=None, min_length=1, description="the base that a quantised one was made of; None: its declared parent"
     )
+    requantise: bool = Field(default=False, description="write the result quantised as the base is")
+    min_survival: float = Field(
+        default=0.1, ge=0, le=1, description="the share of each adapter that requantising must leave"
+    )
 
     def __str__(self) -> str:
         return "+".join([self.base, *map(str, self.adapters)])

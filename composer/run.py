@@ -35,8 +35,7 @@ from composer.kernels import (
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
-from composer.quantised import QuantisedTensor
-from composer.sinks import FolderSink
+from composer.sinks import FolderSink, HashingWriter
 from composer.tensors import COPY_BYTES, DTYPES, TensorSpec
 
 __all__ = ["Outcome", "Progress", "compose", "run"]
@@ -74,6 +73,8 @@ def compose(
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
     Raises every TypedError of the steps; `out` is untouched then.
     """
+    from composer.requantise import requantise  # built on this module
+
     report = progress or (lambda step, done, total: None)
     check_export(plan)
     in_place = find_plan_exporter(plan.recipe.export)
@@ -84,10 +85,12 @@ def compose(
             exported, survival = in_place.export_plan(plan, sink, inputs or {}, report)
             seconds["export"] = time.perf_counter() - started
         else:
-            survival = run(plan, sink, report)
+            survival = requantise(plan, sink, report) if plan.recipe.requantise else run(plan, sink, report)
             seconds["merge"] = time.perf_counter() - started
             exporter = find_exporter(plan.recipe.export)
             exported, export_seconds = exporter.export(sink, cache_dir, lambda step: report(step, 0, 0))
+            if plan.recipe.requantise and plan.quantised.scheme:
+                exported["quantisation"] = plan.quantised.scheme.name
             seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
@@ -107,22 +110,31 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
             with sink.open(shard.name) as writer:
                 writer.write(shard.header)
                 done += len(shard.header)
-                for data, measured, spare in in_order(pool, _blocks(shard, plan), IN_FLIGHT):
-                    if isinstance(data, Unread):
-                        writer.write_from(data.source.read_into, data.start, data.stop)
-                    else:
-                        writer.write(data)
-                    if measured is not None:
-                        survival.merge(measured)
-                    if spare is not None:
-                        SPARE.append(spare)
-                    done += len(data)
+                for written in write_jobs(writer, pool, shard, plan, survival):
+                    done += written
                     progress("merging", done, total)
     if plan.checkpoint.sharded:
-        sink.write(INDEX, _index(plan))
+        weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
+        sink.write(INDEX, index_file(weight_map, sum(job.nbytes for job in plan.jobs)))
     for name in copy_names(plan.checkpoint.files):
         sink.write(name, _companion(plan, name))
     return survival
+
+
+def write_jobs(
+    writer: HashingWriter, pool: ThreadPoolExecutor, shard: ShardPlan, plan: Plan, survival: Survival
+) -> Iterator[int]:
+    """Write the tensors of a shard in its order and yield the bytes of each block; `survival` is added to."""
+    for data, measured, spare in in_order(pool, _blocks(shard, plan), IN_FLIGHT):
+        if isinstance(data, Unread):
+            writer.write_from(data.source.read_into, data.start, data.stop)
+        else:
+            writer.write(data)
+        if measured is not None:
+            survival.merge(measured)
+        if spare is not None:
+            SPARE.append(spare)
+        yield len(data)
 
 
 def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], in_flight: int) -> Iterator[T]:
@@ -178,23 +190,23 @@ def _copy(job: TensorJob, start: int, stop: int) -> Block:
     return memoryview(job.source.read_bytes(start, stop)), None, None
 
 
-def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memoryview:
-    """Bytes of the base, in a buffer of this thread that its next block reuses: fresh memory costs page faults."""
-    if not isinstance(source, TensorSpec):
-        return source.read_bytes(start, stop)
-    buffer: bytearray | None = getattr(LOCAL, "buffer", None)
-    if buffer is None or len(buffer) < stop - start:
-        buffer = LOCAL.buffer = bytearray(stop - start)
-    view = memoryview(buffer)[: stop - start]
-    source.read_into(start, view)
-    return view
+def read_rows(job: TensorJob, start: int, stop: int) -> np.ndarray:
+    """Rows of the base in their dtype, in a buffer of this thread that its next block reuses: fresh memory costs."""
+    rows, columns = job.matrix
+    source, width = job.source, job.source.nbytes // rows
+    if isinstance(source, TensorSpec):
+        raw: bytearray | None = getattr(LOCAL, "buffer", None)
+        if raw is None or len(raw) < (stop - start) * width:
+            raw = LOCAL.buffer = bytearray((stop - start) * width)
+        view = memoryview(raw)[: (stop - start) * width]
+        source.read_into(start * width, view)
+    else:
+        view = source.read_bytes(start * width, stop * width)
+    return np.frombuffer(view, DTYPES[source.dtype]).reshape(stop - start, columns)
 
 
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int) -> Block:
-    rows, columns = job.matrix
-    name, width = job.source.name, job.source.nbytes // rows
-    raw = _read(job.source, start * width, stop * width)
-    base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
+    name, base = job.source.name, read_rows(job, start, stop)
     survival = Survival(len(plan.terms)) if terms else None
     spare: np.ndarray | None = None
     if not terms:
@@ -234,11 +246,8 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int) -> Block:
 
     Survival is measured on the first STREAM_TILE rows of each block.
     """
-    rows, columns = job.matrix
-    width = job.source.nbytes // rows
     with ONE_AT_A_TIME:
-        raw = _read(job.source, start * width, stop * width)
-        base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
+        base = read_rows(job, start, stop)
         original = base.astype(np.float32)
         total: np.ndarray | None = None
         kept: list[tuple[int, np.ndarray]] = []
@@ -282,12 +291,9 @@ def _method(plan: Plan, job: TensorJob) -> BoundMethod:
     return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.source.name)
 
 
-def _index(plan: Plan) -> bytes:
-    weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
-    index = {
-        "metadata": {"total_size": sum(job.nbytes for job in plan.jobs)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+def index_file(weight_map: dict[str, str], nbytes: int) -> bytes:
+    """The index of a sharded checkpoint: tensor name to file, and the bytes of all tensors."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
 
 

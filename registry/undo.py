@@ -88,7 +88,7 @@ def recipe_without(record: dict[str, Any], adapters: Sequence[str]) -> Recipe:
         _pinned(term, digest) for term, (label, digest) in pairs if adapters and not {term.ref, label} & set(adapters)
     ]
     if not left:
-        return Recipe(base=original or fingerprint)
+        return Recipe(base=original or fingerprint, requantise=recipe.requantise and original is None)
     return recipe.model_copy(update={"base": fingerprint, "original": original, "adapters": tuple(left)})
 
 

@@ -19,7 +19,7 @@ import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from composer.tensors import TensorSpec
 
 __all__ = [
     "Decoder",
+    "Encodable",
+    "Encoder",
     "QuantisedTensor",
     "Scheme",
     "corrupt",
@@ -65,6 +67,37 @@ class Decoder(Protocol):
 
         Raises CorruptFileError when the file is short.
         """
+        ...
+
+
+class Encoder(Protocol):
+    """One layer on its way back into the tensors that its scheme stores; see composer.requantise."""
+
+    @property
+    def dtype(self) -> str:
+        """What the numbers are rounded to before they are encoded: the dtype that the layer was quantised from."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Rows are encoded from a multiple of this to a multiple of this, or to the end."""
+        ...
+
+    def encode(self, start: int, values: np.ndarray) -> None:
+        """Take the rows from `start` on, float32 [rows, columns]; each row once, in any order, from several threads."""
+        ...
+
+    def finish(self) -> Decoder:
+        """The layer as stored, in memory: its parts have the names, dtypes and sizes of the base's."""
+        ...
+
+
+@runtime_checkable
+class Encodable(Protocol):
+    """A decoder whose scheme can be written as well."""
+
+    def encoder(self) -> Encoder:
+        """An encoder with the settings of this layer."""
         ...
 
 

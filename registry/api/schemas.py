@@ -35,6 +35,8 @@ class RecipeRequest(_Request):
     allow: Allow = Allow.SAME_VALUES
     base_precision: BasePrecision = BasePrecision.QUANTISED
     original: str | None = Field(default=None, min_length=1, description="the base that a quantised one was made of")
+    requantise: bool = Field(default=False, description="write the result quantised as the base is")
+    min_survival: float = Field(default=0.1, ge=0, le=1, description="what requantising must leave of each adapter")
 
 
 class DoctorReport(BaseModel):

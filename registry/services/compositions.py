@@ -26,6 +26,7 @@ from composer.files import copy_names, read_json, sha256_file
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
+from composer.requantise import requantised_files
 from composer.run import compose
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
@@ -90,6 +91,11 @@ class Resolved:
         return self.original.base if self.original else self.base
 
     @property
+    def written_like(self) -> ResolvedBase:
+        """Whose configs and tokenizer go along: a requantised result is the base with other numbers."""
+        return self.base if self.recipe.requantise else self.target
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What composition.json says of the inputs."""
         return {
@@ -97,8 +103,8 @@ class Resolved:
             "base": {
                 "ref": self.recipe.base,
                 "fingerprint": self.base.facts.fingerprint,
-                "tokenizer": self.target.tokenizer,
-                "chat_template": self.target.chat_template,
+                "tokenizer": self.written_like.tokenizer,
+                "chat_template": self.written_like.chat_template,
                 **({"original": self._original_facts} if self.original else {}),
             },
             "adapters": [
@@ -122,7 +128,7 @@ class Resolved:
     @property
     def key(self) -> str:
         """What determines the output, as 64 hex digits: inputs by content, the recipe's settings, this version."""
-        files = self.target.checkpoint.files
+        files = self.written_like.checkpoint.files
         content = {
             "registry": registry.__version__,
             "torch": version("torch"),
@@ -170,12 +176,12 @@ class Compositions:
         per_term = [
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
-        files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
-        companions = (
-            {}
-            if in_place
-            else {name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)}
-        )
+        if recipe.requantise:
+            files = requantised_files(plan)
+        else:
+            files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
+        along = {} if in_place else resolved.written_like.checkpoint.files
+        companions = {name: along[name].stat().st_size for name in copy_names(along)}
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -292,7 +298,7 @@ class Compositions:
     @staticmethod
     def _plan(resolved: Resolved) -> Plan:
         terms = [Term(item.label, item.adapter, item.term.weight, item.term.modules) for item in resolved.adapters]
-        return make_plan(resolved.recipe, resolved.target.checkpoint, terms)
+        return make_plan(resolved.recipe, resolved.target.checkpoint, terms, resolved.base.checkpoint)
 
     def _record(self, resolved: Resolved, record: dict[str, Any]) -> None:
         with session_scope(self._engine, writes=True) as session:

@@ -71,6 +71,7 @@ def test_clean_keeps_letters_of_any_script() -> None:
         ("smollm2+shout+team/json", {"export": Export.ONNX}, "smollm2+shout+json-onnx"),
         ("./models/tiny/+/x/y/fr", {"dtype": Dtype.FP16}, "tiny+fr-fp16"),
         ("smollm2", {}, "smollm2"),
+        ("nf4+a", {"base_precision": "original", "requantise": True}, "nf4+a-original-requantised"),
     ],
 )
 def test_the_output_folder_is_named_after_the_recipe(text: str, options: dict[str, str], name: str) -> None:

@@ -102,6 +102,21 @@ def test_undo_gives_the_originals_tensors_back(catalogue: Any, tmp_path: Path) -
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
+def test_a_requantised_composition_is_planned_written_and_undone(catalogue: Any, tmp_path: Path) -> None:
+    """Into the original and back into the base's format; taken out again, the base's own fingerprint comes back."""
+    recipe = parse_recipe("quantised+team/a", **ORIGINAL, requantise=True)
+    plan = catalogue.plan(recipe)
+    result = catalogue.compose(recipe, tmp_path / "out")
+    sizes = {name: (tmp_path / "out" / name).stat().st_size for name in plan.files}
+    assert sizes == pytest.approx(plan.files, rel=0.01)
+    assert result.record["export"]["quantisation"] == "bitsandbytes 4-bit"
+    assert result.record["adapters"][0]["survival"] > 0.5
+    catalogue.compose(parse_recipe("quantised+team/a", requantise=True, min_survival=0), tmp_path / "own")
+    bare = undo(catalogue, tmp_path / "own", tmp_path / "bare")
+    assert bare.record["base"]["fingerprint"] == catalogue.get_base("quantised").fingerprint
+    assert read_tensors(tmp_path / "bare").keys() == read_tensors(NF4).keys()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3])
 def test_the_error_is_the_distance_of_the_two(decoded: Path, tmp_path: Path, share: float) -> None:
     """Oracle: all rows in float64."""
