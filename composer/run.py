@@ -117,7 +117,9 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
         weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
         sink.write(INDEX, index_file(weight_map, sum(job.nbytes for job in plan.jobs)))
     for name in copy_names(plan.checkpoint.files):
-        sink.write(name, _companion(plan, name))
+        if name != "config.json":
+            sink.write(name, plan.checkpoint.files[name].read_bytes())
+    sink.write("config.json", _config(plan))
     return survival
 
 
@@ -297,14 +299,18 @@ def index_file(weight_map: dict[str, str], nbytes: int) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _companion(plan: Plan, name: str) -> bytes:
-    """A file of the base that goes along; config.json names the new dtype where that changed, and no quantisation."""
-    path = plan.checkpoint.files[name]
+def _config(plan: Plan) -> bytes:
+    """The base's config.json, which names the new dtype where that changed, and no quantisation.
+
+    A base without one (a GGUF file alone) has it from its metadata.
+    """
+    path = plan.checkpoint.files.get("config.json")
     dtype = plan.config_dtype
-    if name != "config.json" or dtype is None:
+    if path is not None and dtype is None:
         return path.read_bytes()
-    config = read_json(path)
+    config = dict(plan.checkpoint.config) if path is None else read_json(path)
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)
-    config["dtype"] = CONFIG_DTYPE[dtype]
+    if dtype is not None:
+        config["dtype"] = CONFIG_DTYPE[dtype]
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -102,7 +102,10 @@ class Encodable(Protocol):
 
 
 class Scheme(Protocol):
-    """What one file of this package provides. `config` is the quantization_config of config.json."""
+    """What one file of this package provides. `config` is the quantization_config of config.json.
+
+    `ignored`, where a scheme has it, names stored tensors that are no weights and that the config says as well.
+    """
 
     name: str
 
@@ -221,7 +224,7 @@ def logical_tensors(
             raise corrupt(decoder.name, "each layer quantised once", "two sets of stored tensors")
         tensors[decoder.name] = QuantisedTensor(decoder, kept)
     for name, spec in stored.items():
-        if name in consumed:
+        if name in consumed or name in getattr(found, "ignored", ()):
             continue
         if name in tensors:
             raise corrupt(name, "either a quantised or a plain tensor", "both")
