@@ -28,12 +28,13 @@ from composer.errors import ErasedAdapterError, RecipeError, UnsupportedQuantisa
 from composer.files import copy_names
 from composer.kernels import LoadedTerm, Survival, cast_block, merge_block
 from composer.methods import find_method
-from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
+from composer.plan import IN_FLIGHT, ROOMS, THREADS, Plan, ShardPlan, TensorJob
 from composer.quantised import Encodable, Encoder, QuantisedTensor
 from composer.recipe import Dtype, Export
-from composer.run import TILE, Progress, in_order, index_file, read_rows, write_jobs
-from composer.sinks import FolderSink, HashingWriter
+from composer.run import Progress, in_order, index_file, read_rows, sampled, write_jobs
+from composer.sinks import FolderSink
 from composer.tensors import DTYPES, TensorSpec, encode_header
+from composer.writer import HashingWriter, Staging
 
 __all__ = ["check_requantise", "requantise", "requantised_files"]
 
@@ -94,11 +95,12 @@ def requantise(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
     weight_map: dict[str, str] = {}
     with (
         ThreadPoolExecutor(THREADS) as pool,
+        Staging(ROOMS) as staging,
         tempfile.TemporaryDirectory(dir=sink.folder) as folder,
     ):
         layers = _Layers(plan, pool, Path(folder) / "spool", survival)
         for shard in plan.quantised.shards:
-            with sink.open(shard.name) as writer:
+            with sink.open(shard.name, staging) as writer:
                 pieces = _write_shard(writer, pool, shard, plan, layers, survival)
                 headers += next(pieces)
                 for written in pieces:
@@ -176,8 +178,9 @@ def _write_shard(
         if (job := layers.plain(spec)) is not None:
             yield from write_jobs(writer, pool, ShardPlan(shard.name, b"", (job,)), plan, survival)
         else:
-            writer.write_from(spec.read_into, 0, spec.nbytes)
-            yield spec.nbytes
+            for chunk in spec.chunks():
+                writer.write(chunk)
+                yield len(chunk)
 
 
 def _blocks(job: TensorJob, plan: Plan, encoder: Encoder) -> Iterator[Callable[[], list[Sample]]]:
@@ -201,14 +204,11 @@ def _merge(
     result, total, deltas = merge_block(base, terms, start, method, "F32")
     cast_block(result, encoder.dtype, job.source.name)  # named here where it overflows
     encoder.encode(start, result)
-    step = max(1, job.matrix[0] * job.matrix[1] // SAMPLE)
     samples = []
-    for tile in range(start // TILE, -(-stop // TILE)):
-        if tile % step == 0:
-            first = max(start, tile * TILE)
-            part = slice(first - start, min(stop, (tile + 1) * TILE) - start)
-            tiles = [(term, delta[part].copy()) for term, delta in deltas]
-            samples.append(Sample(first, base[part].copy(), total[part].copy(), tiles))
+    for first, last in sampled(job, start, stop, SAMPLE):
+        part = slice(first - start, last - start)
+        tiles = [(term, delta[part].copy()) for term, delta in deltas]
+        samples.append(Sample(first, base[part].copy(), total[part].copy(), tiles))
     return samples
 
 
