@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from cli.options import ALLOW, DTYPES, EXPORTS, Settings, common_options, pass_settings
+from cli.options import ALLOW, DTYPES, EXPORTS, PRECISIONS, Settings, common_options, pass_settings
 from cli.output import emit
 
 if TYPE_CHECKING:
@@ -26,6 +26,27 @@ RECIPE_FILES = (".yaml", ".yml", ".json")
 
 def recipe_options(command: F) -> F:
     """The argument RECIPE and what its text leaves open."""
+    command = click.option(
+        "--min-survival",
+        type=click.FloatRange(0, 1),
+        default=0.1,
+        show_default=True,
+        metavar="SHARE",
+        help="What --requantise must leave of each adapter.",
+    )(command)
+    command = click.option("--requantise", is_flag=True, help="Write the result quantised as the base is.")(command)
+    command = click.option(
+        "--original",
+        metavar="NAME|PATH",
+        help="The base that a quantised one was made of; default: its declared parent.",
+    )(command)
+    command = click.option(
+        "--base-precision",
+        type=click.Choice(PRECISIONS),
+        default="quantised",
+        show_default=True,
+        help="Merge into what a quantised base decodes to, or into its original.",
+    )(command)
     command = click.option(
         "--allow",
         type=click.Choice(ALLOW),
@@ -59,35 +80,17 @@ def recipe_options(command: F) -> F:
     return click.argument("recipe")(command)
 
 
-def to_recipe(
-    text: str,
-    method: str,
-    parameters: tuple[str, ...],
-    dtype: str,
-    export: str,
-    rank: int | None,
-    allow: str,
-    untie: bool,
-) -> Recipe:
+def to_recipe(text: str, parameters: tuple[str, ...], **words: Any) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
-    from composer.recipe import Allow, Dtype, Export, load_recipe, parse_recipe
+    from composer.recipe import Allow, BasePrecision, Dtype, Export, load_recipe, parse_recipe
 
-    pairs = dict(map(_pair, parameters))
+    enums = {"dtype": Dtype, "export": Export, "allow": Allow, "base_precision": BasePrecision}
+    words = {name: enums[name](word) if name in enums else word for name, word in words.items()}
+    words["parameters"] = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
-        words = {"method": method, "parameters": pairs, "dtype": dtype, "export": export}
-        words |= {"rank": rank, "allow": allow, "untie": untie}
         source = click.get_current_context().get_parameter_source
         return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
-    return parse_recipe(
-        text,
-        method=method,
-        parameters=pairs,
-        dtype=Dtype(dtype),
-        export=Export(export),
-        rank=rank,
-        allow=Allow(allow),
-        untie=untie,
-    )
+    return parse_recipe(text, **words)
 
 
 def _pair(text: str) -> tuple[str, float | str]:
@@ -118,24 +121,16 @@ def default_out(recipe: Recipe) -> Path:
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
     rank = "" if recipe.rank is None else f"-r{recipe.rank}"
-    return Path(f"{name}{method}{dtype}{export}{rank}")
+    precision = "-original" if recipe.base_precision.value == "original" else ""
+    requantised = "-requantised" if recipe.requantise else ""
+    return Path(f"{name}{method}{dtype}{export}{rank}{precision}{requantised}")
 
 
 @click.command()
 @recipe_options
 @common_options
 @pass_settings
-def plan(
-    settings: Settings,
-    recipe: str,
-    method: str,
-    parameters: tuple[str, ...],
-    dtype: str,
-    export: str,
-    rank: int | None,
-    allow: str,
-    untie: bool,
-) -> None:
+def plan(settings: Settings, recipe: str, **words: Any) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
     RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…] or a YAML file. Exits with 4 when the verdict is weaker than
@@ -143,7 +138,7 @@ def plan(
     """
     from cli.views import plan_block
 
-    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, rank, allow, untie))
+    info = settings.registry.plan(to_recipe(recipe, **words))
     emit(settings, info, lambda: plan_block(info), lambda: "accepted" if info.accepted else "refused", info.warnings)
     if not info.accepted:
         click.get_current_context().exit(INCOMPATIBLE)
@@ -157,19 +152,7 @@ def plan(
 @click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
 @common_options
 @pass_settings
-def compose(
-    settings: Settings,
-    recipe: str,
-    method: str,
-    parameters: tuple[str, ...],
-    dtype: str,
-    export: str,
-    rank: int | None,
-    allow: str,
-    untie: bool,
-    out: Path | None,
-    force: bool,
-) -> None:
+def compose(settings: Settings, recipe: str, out: Path | None, force: bool, **words: Any) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
     RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
@@ -177,7 +160,7 @@ def compose(
     """
     from cli.views import composition_block
 
-    wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow, untie)
+    wanted = to_recipe(recipe, **words)
     folder = out or default_out(wanted)
     with settings.progress() as progress:
         result = settings.registry.compose(wanted, folder, replace=force, progress=progress)

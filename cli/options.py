@@ -19,7 +19,9 @@ from composer.errors import UsageError
 if TYPE_CHECKING:
     from registry.interface import Registry
 
-__all__ = ["ALLOW", "DTYPES", "EXPORTS", "LEVELS", "RELATIONS", "Settings", "common_options", "pass_settings"]
+__all__ = [
+    "ALLOW", "DTYPES", "EXPORTS", "LEVELS", "PRECISIONS", "RELATIONS", "Settings", "common_options", "pass_settings",
+]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # compares them.
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 EXPORTS = ("safetensors", "onnx", "peft")
+PRECISIONS = ("quantised", "original")
 ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")
 RELATIONS = ("finetune", "quantized", "merged", "resized")

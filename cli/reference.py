@@ -40,6 +40,12 @@ def _methods() -> str:
         parameters = "<br>".join(f"`{parameter}`" for parameter in method.parameters.values())
         summary = method.summary.replace("|", r"\|")
         lines.append(f"| `{name}` | {summary} | {parameters} |")
+    algebra = [f"`{name}`" for name, each in sorted(methods().items()) if each.factors and not each.equal_ranks]
+    lines += [
+        "",
+        f"{', '.join(algebra)} leave their linear algebra to LAPACK: the same bytes at any number of threads,",
+    ]
+    lines += ["while another kind of processor gives the same numbers to 1e-6 only."]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 config.json
 model.safetensors                                     one file, or
 model.safetensors.index.json + model-0000i-of-n       shards, each tensor in exactly one of them, or
-NAME.gguf                                             llama.cpp's, beside the config.json of the same model
+NAME.gguf                                             llama.cpp's, beside the config.json of the same model, or alone
 
 A quantised checkpoint stores several tensors a layer; `tensors` has one float tensor for them (composer.quantised).
 """
@@ -17,6 +17,7 @@ from typing import Any
 from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError, UnsupportedQuantisationError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.gguf import read_gguf
+from composer.gguf_config import build_config, check_rope_frequencies
 from composer.quantised import QuantisedTensor, Scheme, find_scheme, logical_tensors
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
@@ -84,7 +85,8 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
     """
     files = folder_files(source) if isinstance(source, Path) else source
     where = str(source) if isinstance(source, Path) else "the checkpoint"
-    if "config.json" not in files:
+    gguf = _gguf_name(files)
+    if "config.json" not in files and gguf is None:
         adapter = "adapter_config.json" in files
         raise NotFoundError(
             f"{where} has no config.json",
@@ -92,7 +94,10 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
             found="an adapter (adapter_config.json)" if adapter else ", ".join(list(files)[:8]) or "an empty folder",
             remedy="give the adapter to 'registry publish'" if adapter else "give a folder saved by save_pretrained",
         )
-    config = read_json(files["config.json"])
+    config = read_json(files["config.json"]) if "config.json" in files else None
+    if gguf:
+        headers, config = _open_gguf(files[gguf], config)
+    assert config is not None
     _check_config(config)
     if "auto_map" in config:
         raise UnsafeFormatError(
@@ -101,9 +106,7 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
             found=config["auto_map"],
             remedy="convert the model to an architecture that transformers has built in",
         )
-    if found := _gguf_name(files):
-        headers, config = _open_gguf(files[found], config)
-    else:
+    if not gguf:
         headers = {name: read_header(files[name]) for name in _shard_names(files, where)}
     stored: dict[str, TensorSpec] = {}
     for shard, header in headers.items():
@@ -128,7 +131,7 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
 def _gguf_name(files: FileSet) -> str | None:
     """The one .gguf of a folder without safetensors."""
     found = [name for name in files if name.endswith(".gguf")]
-    if not found or SINGLE in files or INDEX in files:
+    if not found or SINGLE in files or INDEX in files or "adapter_config.json" in files:
         return None
     if len(found) > 1:
         raise NotFoundError(
@@ -140,15 +143,19 @@ def _gguf_name(files: FileSet) -> str | None:
     return found[0]
 
 
-def _open_gguf(path: Path, config: dict[str, Any]) -> tuple[dict[str, SafetensorsHeader], dict[str, Any]]:
+def _open_gguf(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, SafetensorsHeader], dict[str, Any]]:
     """The header under the name that a composition writes, and the config with what the file says of itself.
 
-    Raises CorruptFileError when config.json is another model's.
+    Raises CorruptFileError when config.json is another model's, UnsupportedQuantisationError when there is none and
+    none can be built.
     """
     from composer.quantised.gguf import ARCHITECTURES, describe
 
     header, metadata = read_gguf(path)
     said = describe(metadata, header.tensors)
+    if config is None:
+        config = build_config(metadata, header.tensors)
+    check_rope_frequencies(config, header.tensors)
     heads = config.get("num_attention_heads")
     expected = {
         "quantization_config": None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from composer.files import copy_names, read_json
@@ -29,16 +30,17 @@ def companion_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
         others = {name: path for name, path in files.items() if name not in tokenizer_files(files)}
         files = {**others, **plan.vocabulary.tokenizer}
     for name, path in files.items():
-        yield name, _config(plan) if name == "config.json" else path.read_bytes()
+        yield name, _config(plan, path) if name == "config.json" else path.read_bytes()
+    if "config.json" not in files:  # a GGUF file alone: its metadata says what the config is
+        yield "config.json", _config(plan, None)
 
 
-def _config(plan: Plan) -> bytes:
-    path = plan.checkpoint.files["config.json"]
+def _config(plan: Plan, path: Path | None) -> bytes:
     dtype = plan.config_dtype
     changes: dict[str, Any] = {**plan.config_changes, **({"dtype": DTYPES[dtype]} if dtype else {})}
-    if not changes:
+    if path is not None and not changes:
         return path.read_bytes()
-    config = read_json(path)
+    config = dict(plan.checkpoint.config) if path is None else read_json(path)
     if dtype:
         config.pop("torch_dtype", None)
         config.pop("quantization_config", None)

@@ -19,7 +19,8 @@
     │   ├── NonFiniteError                           NaN or infinity where a number is needed
     │   └── OnnxVerificationError                    the exported graph computes something else
     ├── PolicyError                   policy         possible, but not allowed without an explicit flag
-    │   └── UnsafeFormatError                        pickle or remote code
+    │   ├── UnsafeFormatError                        pickle or remote code
+    │   └── ErasedAdapterError                       requantising would round an adapter away
     ├── ConflictError                 conflict       the name or version is taken by something else
     └── StorageError                  internal       the disk is full, read-only or failing
 
@@ -183,6 +184,12 @@ class UnsafeFormatError(PolicyError):
     """Pickled weights or remote code: loading them could run a stranger's program."""
 
     code = "unsafe-format"
+
+
+class ErasedAdapterError(PolicyError):
+    """Too little of an adapter would survive the requantisation of the result."""
+
+    code = "adapter-erased"
 
 
 class WeakCompatibilityError(IncompatibleError):

@@ -158,12 +158,13 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run needs."""
+    """All that a run needs. `quantised` is the recipe's own base where `checkpoint` is its original, else the same."""
 
     recipe: Recipe
     checkpoint: Checkpoint
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
+    quantised: Checkpoint
     untied: Ends | None = None
     layers: tuple[int, ...] | None = None  # the base's layer that each of the output's is, where some are used again
     vocabulary: Vocabulary | None = None  # where it is not the base's
@@ -203,12 +204,20 @@ class Plan:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
         lanes = min(LANES, len(self.shards))
         largest = max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
-        return lanes * (largest + ROOMS * ROOM_BYTES)
+        return lanes * (largest + ROOMS * ROOM_BYTES) + (self._largest_layer if self.recipe.requantise else 0)
+
+    @property
+    def _largest_layer(self) -> int:
+        layers = (tensor for tensor in self.quantised.tensors.values() if isinstance(tensor, QuantisedTensor))
+        return max((sum(part.nbytes for part in tensor.parts) for tensor in layers), default=0)
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term], quantised: Checkpoint | None = None
+) -> Plan:
     """Resolve every adapter tensor to a base tensor, and lay out the output files. Reads headers only.
 
+    checkpoint: what is merged into. quantised: the recipe's base, where that is the quantised form of `checkpoint`.
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError (one end of a tied
     pair changes, and the recipe does not untie), UnsupportedQuantisationError (the base's weights cannot be decoded),
@@ -247,7 +256,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         layout = [(job.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), untied, layers, vocabulary)
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), quantised or base, untied, layers, vocabulary)
 
 
 def _job(

@@ -47,6 +47,7 @@ def composition_record(
             warnings.append(f"{term.label} changes nothing: its delta is zero")
         elif share is not None and share < LOW_SURVIVAL:
             remedy = "rounding: compose with --dtype fp16 or fp32" if plan.recipe.rank is None else "at this --rank"
+            remedy = "the quantisation of the result" if plan.recipe.requantise else remedy
             warnings.append(f"only {share:.0%} of {term.label} survives {remedy}")
     record = {
         "schema": SCHEMA,

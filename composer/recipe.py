@@ -35,6 +35,7 @@ from composer.errors import RecipeError
 __all__ = [
     "AdapterTerm",
     "Allow",
+    "BasePrecision",
     "Dtype",
     "Export",
     "ModuleWeight",
@@ -75,6 +76,13 @@ class Allow(StrEnum):
     SAME_VALUES = "same-values"
     LINEAGE = "lineage"
     SHAPE = "shape"
+
+
+class BasePrecision(StrEnum):
+    """What an adapter is merged into where the base is quantised: what it decodes to, or the weights it was made of."""
+
+    QUANTISED = "quantised"
+    ORIGINAL = "original"
 
 
 class _Model(BaseModel):
@@ -138,6 +146,14 @@ class Recipe(_Model):
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
+    base_precision: BasePrecision = BasePrecision.QUANTISED
+    original: str | None = Field(
+        default=None, min_length=1, description="the base that a quantised one was made of; None: its declared parent"
+    )
+    requantise: bool = Field(default=False, description="write the result quantised as the base is")
+    min_survival: float = Field(
+        default=0.1, ge=0, le=1, description="the share of each adapter that requantising must leave"
+    )
 
     def __str__(self) -> str:
         return "+".join([self.base, *map(str, self.adapters)])
@@ -158,35 +174,17 @@ def is_path(ref: str, *, base: bool = False) -> bool:
     return ref.startswith((".", "/", "~")) or ref.count("/") > (0 if base else 1)
 
 
-def parse_recipe(
-    text: str,
-    *,
-    method: str = "linear",
-    parameters: Mapping[str, Value] | None = None,
-    dtype: Dtype = Dtype.KEEP,
-    export: Export = Export.SAFETENSORS,
-    rank: int | None = None,
-    allow: Allow = Allow.SAME_VALUES,
-    untie: bool = False,
-) -> Recipe:
-    """Parse ``base+adapter@version:weight+…``. Raises RecipeError that points at the part which is wrong."""
+def parse_recipe(text: str, **settings: Any) -> Recipe:
+    """Parse ``base+adapter@version:weight+…``; `settings` are the other fields of Recipe.
+
+    Raises RecipeError that points at the part which is wrong.
+    """
     base, *terms = text.split("+")
     if not base.strip() or base != base.strip():
         raise _bad(text, "a base model first", base)
     if not is_path(base, base=True) and ("@" in base or ":" in base.removeprefix("wf1:")):
         raise _bad(text, "a base without version or weight", base)
-    adapters = tuple(_term(text, term) for term in terms)
-    return Recipe(
-        base=base,
-        adapters=adapters,
-        method=method,
-        parameters=dict(parameters or {}),
-        dtype=dtype,
-        export=export,
-        rank=rank,
-        allow=allow,
-        untie=untie,
-    )
+    return Recipe(base=base, adapters=tuple(_term(text, term) for term in terms), **settings)
 
 
 def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:

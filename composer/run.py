@@ -37,7 +37,6 @@ from composer.kernels import (
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, LANES, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
 from composer.provenance import composition_record
-from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, TensorSpec
 from composer.writer import ROOM_BYTES, HashingWriter, Room, Staging
@@ -75,6 +74,8 @@ def compose(
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
     Raises every TypedError of the steps; `out` is untouched then.
     """
+    from composer.requantise import requantise  # built on this module
+
     report = progress or (lambda step, done, total: None)
     check_export(plan)
     in_place = find_plan_exporter(plan.recipe.export)
@@ -85,10 +86,12 @@ def compose(
             exported, survival = in_place.export_plan(plan, sink, inputs or {}, report)
             seconds["export"] = time.perf_counter() - started
         else:
-            survival = run(plan, sink, report)
+            survival = requantise(plan, sink, report) if plan.recipe.requantise else run(plan, sink, report)
             seconds["merge"] = time.perf_counter() - started
             exporter = find_exporter(plan.recipe.export)
             exported, export_seconds = exporter.export(sink, cache_dir, lambda step: report(step, 0, 0))
+            if plan.recipe.requantise and plan.quantised.scheme:
+                exported["quantisation"] = plan.quantised.scheme.name
             seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
@@ -111,7 +114,8 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
         for shard in shards:
             survival.merge(shard.result())
     if plan.checkpoint.sharded:
-        sink.write(INDEX, _index(plan))
+        weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
+        sink.write(INDEX, index_file(weight_map, sum(job.nbytes for job in plan.jobs)))
     for name, data in companion_files(plan):
         sink.write(name, data)
     return survival
@@ -152,15 +156,23 @@ def _write_shard(shard: ShardPlan, plan: Plan, sink: FolderSink, pool: ThreadPoo
     with tally.until_one_fails(), Staging(ROOMS) as staging, sink.open(shard.name, staging) as writer:
         writer.write(shard.header)
         tally.add(len(shard.header))
-        for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
-            if isinstance(part, Room):
-                writer.append(part)
-            else:
-                writer.write(part.data, part.offset)
-            if measured is not None:
-                survival.merge(measured)
-            tally.add(len(part))
+        for written in write_jobs(writer, pool, shard, plan, survival):
+            tally.add(written)
     return survival
+
+
+def write_jobs(
+    writer: HashingWriter, pool: ThreadPoolExecutor, shard: ShardPlan, plan: Plan, survival: Survival
+) -> Iterator[int]:
+    """Write the tensors of a shard in its order and yield the bytes of each part; `survival` is added to."""
+    for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
+        if isinstance(part, Room):
+            writer.append(part)
+        else:
+            writer.write(part.data, part.offset)
+        if measured is not None:
+            survival.merge(measured)
+        yield len(part)
 
 
 def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], in_flight: int) -> Iterator[T]:
@@ -284,7 +296,7 @@ def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Surviv
     first = start * columns * DTYPES[job.dtype].itemsize
     job.source.read_into(first, view)
     block = np.frombuffer(view, DTYPES[job.dtype]).reshape(-1, columns)
-    tiles = [(row, block[row - start : last - start].copy()) for row, last in _sampled(job, start, piece.stop)]
+    tiles = [(row, block[row - start : last - start].copy()) for row, last in sampled(job, start, piece.stop)]
     if not merge_fused(block.view(np.uint16), terms, start):
         job.source.read_into(first, view)
         base = block.copy()
@@ -293,23 +305,23 @@ def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Surviv
     _measure(job, plan, terms, tiles, block, start, survival)
 
 
-def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memoryview:
-    """Bytes of the base, in a buffer of this thread that its next block reuses: fresh memory costs page faults."""
-    if not isinstance(source, TensorSpec):
-        return source.read_bytes(start, stop)
-    buffer: bytearray | None = getattr(LOCAL, "buffer", None)
-    if buffer is None or len(buffer) < stop - start:
-        buffer = LOCAL.buffer = bytearray(stop - start)
-    view = memoryview(buffer)[: stop - start]
-    source.read_into(start, view)
-    return view
+def read_rows(job: TensorJob, start: int, stop: int) -> np.ndarray:
+    """Rows of the base in their dtype, in a buffer of this thread that its next block reuses: fresh memory costs."""
+    rows, columns = job.matrix
+    source, width = job.source, job.source.nbytes // rows
+    if isinstance(source, TensorSpec):
+        raw: bytearray | None = getattr(LOCAL, "buffer", None)
+        if raw is None or len(raw) < (stop - start) * width:
+            raw = LOCAL.buffer = bytearray((stop - start) * width)
+        view = memoryview(raw)[: (stop - start) * width]
+        source.read_into(start * width, view)
+    else:
+        view = source.read_bytes(start * width, stop * width)
+    return np.frombuffer(view, DTYPES[source.dtype]).reshape(stop - start, columns)
 
 
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int, offset: int) -> Done:
-    rows, columns = job.matrix
-    name, width = job.name, job.source.nbytes // rows
-    base = np.frombuffer(_read(job.source, start * width, stop * width), DTYPES[job.source.dtype])
-    base = base.reshape(stop - start, columns)
+    name, base = job.name, read_rows(job, start, stop)
     survival = Survival(len(plan.terms)) if terms else None
     if survival is None:
         result = cast_block(base, job.dtype, name)
@@ -332,11 +344,8 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: i
 
     Survival is measured on the first STREAM_TILE rows of each block.
     """
-    rows, columns = job.matrix
-    width = job.source.nbytes // rows
     with ONE_AT_A_TIME:
-        raw = _read(job.source, start * width, stop * width)
-        base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
+        base = read_rows(job, start, stop)
         original = base.astype(np.float32)
         total: np.ndarray | None = None
         kept: list[tuple[int, np.ndarray]] = []
@@ -355,15 +364,15 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: i
     return Computed(offset, memoryview(result.reshape(-1).view(np.uint8))), survival
 
 
-def _sampled(job: TensorJob, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The parts of rows [start, stop) that are measured: about SAMPLE numbers of a tensor, all of a small one."""
-    for first in range(0, job.matrix[0], TILE * _step(job)):
+def sampled(job: TensorJob, start: int, stop: int, numbers: int = SAMPLE) -> Iterator[tuple[int, int]]:
+    """The parts of rows [start, stop) that are measured: about `numbers` of a tensor, all of a small one."""
+    for first in range(0, job.matrix[0], TILE * _step(job, numbers)):
         if (begin := max(first, start)) < (end := min(first + TILE, job.matrix[0], stop)):
             yield begin, end
 
 
-def _step(job: TensorJob) -> int:
-    return max(1, math.prod(job.matrix) // SAMPLE)
+def _step(job: TensorJob, numbers: int) -> int:
+    return max(1, math.prod(job.matrix) // numbers)
 
 
 def _measure(
@@ -372,7 +381,7 @@ def _measure(
 ) -> None:  # fmt: skip
     """Account for the sampled rows of a block: `tiles` are those of the base, each with its first row."""
     rows = job.matrix[0]
-    covered = sum(min(rows, first + TILE) - first for first in range(0, rows, TILE * _step(job)))
+    covered = sum(min(rows, first + TILE) - first for first in range(0, rows, TILE * _step(job, SAMPLE)))
     for first, base in tiles:
         _, total, deltas = merge_block(base, terms, first, _method(plan, job), job.dtype)
         written = block[first - start : first - start + len(base)].astype(np.float32) - base.astype(np.float32)
@@ -383,10 +392,7 @@ def _method(plan: Plan, job: TensorJob) -> BoundMethod:
     return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.name)
 
 
-def _index(plan: Plan) -> bytes:
-    weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
-    index = {
-        "metadata": {"total_size": sum(job.nbytes for job in plan.jobs)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+def index_file(weight_map: dict[str, str], nbytes: int) -> bytes:
+    """The index of a sharded checkpoint: tensor name to file, and the bytes of all tensors."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["drop", "keep_largest", "merge_agreeing", "weighted_sum"]
+__all__ = ["drop", "keep_largest", "largest", "merge_agreeing", "merge_elected_unweighted", "weighted_sum"]
 
 
 def weighted_sum(deltas: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
@@ -26,11 +26,11 @@ def keep_largest(delta: np.ndarray, density: float, skip: int = 0) -> np.ndarray
     if count == delta.size:
         return delta
     size = np.abs(delta).ravel()
-    kept = (_largest(size, skip + count) & ~_largest(size, skip)).reshape(delta.shape)
+    kept = (largest(size, skip + count) & ~largest(size, skip)).reshape(delta.shape)
     return np.where(kept, delta, np.float32(0))
 
 
-def _largest(size: np.ndarray, count: int) -> np.ndarray:
+def largest(size: np.ndarray, count: int) -> np.ndarray:
     """A mask of exactly `count` largest numbers; the first of equal ones."""
     if count == 0:
         return np.zeros(size.shape, bool)
@@ -64,3 +64,15 @@ def merge_agreeing(deltas: Sequence[np.ndarray], weights: Sequence[float]) -> np
         total += np.where(agrees, term, np.float32(0))
         count += agrees
     return total / np.maximum(count, np.float32(1))
+
+
+def merge_elected_unweighted(parts: Sequence[np.ndarray], weights: Sequence[float], by_frequency: bool) -> np.ndarray:
+    """As `merge_agreeing`, but a sign is elected before the weights and by the numbers' own signs, as PEFT does.
+
+    by_frequency: the sign that most numbers have is elected, not that of their sum.
+    """
+    votes = [np.sign(part) for part in parts] if by_frequency else parts
+    elected = np.where(weighted_sum(votes, [1.0] * len(votes)) >= 0, np.float32(1), np.float32(-1))
+    agreeing = [np.sign(part) == elected for part in parts]
+    total = weighted_sum([part * mask for part, mask in zip(parts, agreeing, strict=True)], weights)
+    return total / np.maximum(np.sum(agreeing, axis=0, dtype=np.float32), np.float32(1))

@@ -27,7 +27,7 @@ from composer.errors import CorruptFileError, NotFoundError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["DTYPES", "FLOAT_DTYPES", "SafetensorsHeader", "TensorSpec", "encode_header", "read_header"]
+__all__ = ["DTYPES", "FLOAT_DTYPES", "ArraySpec", "SafetensorsHeader", "TensorSpec", "encode_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
@@ -101,6 +101,23 @@ class TensorSpec:
                 _fill(file, view, self)
                 yield view
                 left -= len(view)
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec(TensorSpec):
+    """A tensor that lies in memory, where one of a file is expected; `path` is the file it is made for."""
+
+    data: memoryview
+
+    @classmethod
+    def like(cls, spec: TensorSpec, array: np.ndarray, shape: tuple[int, ...] | None = None) -> ArraySpec:
+        """The bytes of a contiguous array in place of those of `spec`, in its dtype and, unless given, its shape."""
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        return cls(spec.name, spec.dtype, spec.shape if shape is None else shape, 0, len(view), spec.path, view)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's data from byte `start` on."""
+        buffer[:] = self.data[start : start + len(buffer)]
 
 
 def _fill(file: Any, buffer: bytearray | memoryview, spec: TensorSpec) -> None:

@@ -97,7 +97,7 @@ class RemoteRegistry:
 
         folder = folder.expanduser().resolve()
         checkpoint = open_checkpoint(folder)
-        names = [*(shard.name for shard in checkpoint.shards), *copy_names(checkpoint.files)]
+        names = [*(shard.header.path.name for shard in checkpoint.shards), *copy_names(checkpoint.files)]
         names += [INDEX] if checkpoint.sharded else []
         fields = {"name": base_name(name or slug(folder)), "parent": parent, "relation": relation and relation.value}
         return self._upload("/bases", BaseInfo, fields, {item: checkpoint.files[item] for item in names}, progress)

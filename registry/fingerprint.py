@@ -128,7 +128,7 @@ def logical_leaves(checkpoint: Checkpoint, fingerprint: Fingerprint) -> tuple[Te
                 bits = _hash([[part.name, part.digest] for part in parts])
                 values = _hash([[part.name, part.value_digest] for part in parts])
                 leaves[name] = TensorLeaf(name, tensor.dtype, tensor.shape, bits, values)
-    return tuple(leaves[name] for name in sorted(leaves))
+    return tuple(leaves[name] for name in sorted(leaves) if name in checkpoint.tensors)
 
 
 def behaviour_config(config: dict[str, Any]) -> dict[str, Any]:

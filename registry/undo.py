@@ -60,11 +60,13 @@ def undo(
 def recipe_without(record: dict[str, Any], adapters: Sequence[str]) -> Recipe:
     """The recipe of a composition without `adapters` (all where none is named), each input pinned to its digest.
 
-    Without any adapter left it is the base in its own number format, as safetensors.
+    Without any adapter left it is the base (or the original that was merged into) in its own number format, as
+    safetensors.
     """
     try:
         recipe = Recipe.model_validate(record["recipe"])
         fingerprint = record["base"]["fingerprint"]
+        original = record["base"]["original"]["fingerprint"] if "original" in record["base"] else None
         entries = [(entry["ref"], entry["digest"]) for entry in record["adapters"]]
         pairs = list(zip(recipe.adapters, entries, strict=True))
     except (KeyError, TypeError, ValueError, ValidationError) as error:
@@ -86,8 +88,8 @@ def recipe_without(record: dict[str, Any], adapters: Sequence[str]) -> Recipe:
         _pinned(term, digest) for term, (label, digest) in pairs if adapters and not {term.ref, label} & set(adapters)
     ]
     if not left:
-        return Recipe(base=fingerprint)
-    return recipe.model_copy(update={"base": fingerprint, "adapters": tuple(left)})
+        return Recipe(base=original or fingerprint, requantise=recipe.requantise and original is None)
+    return recipe.model_copy(update={"base": fingerprint, "original": original, "adapters": tuple(left)})
 
 
 def _pinned(term: AdapterTerm, digest: str) -> AdapterTerm:

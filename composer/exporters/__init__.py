@@ -110,6 +110,10 @@ def find_plan_exporter(name: str) -> PlanExporter | None:
 
 def check_export(plan: Plan) -> None:
     """Raise before anything is written when this plan cannot be exported as its recipe says."""
+    if plan.recipe.requantise:
+        from composer.requantise import check_requantise  # built on composer.run, which is built on this package
+
+        check_requantise(plan)
     in_place = find_plan_exporter(plan.recipe.export)
     if plan.recipe.rank is not None and in_place is None:
         raise RecipeError(

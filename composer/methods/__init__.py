@@ -188,18 +188,22 @@ class BoundMethod:
         deltas: float32 blocks [rows, columns], one or more. base: the base's rows as float32. loaded: the deltas that
         the blocks came from; a method on factors takes their left, right and scale.
         """
-        options: dict[str, Any] = dict(self._tuning)
+        options = self._options(len(deltas), start * base.shape[1])
         if self.method.base:
             options["base"] = base
-        if self.method.rng:
-            options["rng"] = [self._generator(index, start * base.shape[1]) for index in range(len(deltas))]
         result = self.method.function(loaded if self.method.factors else deltas, weights, **options)
         return product(*result) if isinstance(result, tuple) else result
 
     def pair(self, loaded: Sequence[Any], weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         """Of a method on factors: float32 left [rows, r] and right [r, columns] whose product is the combination."""
-        left, right = self.method.function(loaded, weights, **self._tuning)
+        left, right = self.method.function(loaded, weights, **self._options(len(loaded), 0))
         return left, right
+
+    def _options(self, count: int, skip: int) -> dict[str, Any]:
+        options: dict[str, Any] = dict(self._tuning)
+        if self.method.rng:
+            options["rng"] = [self._generator(index, skip) for index in range(count)]
+        return options
 
     def _generator(self, index: int, skip: int) -> np.random.Generator:
         """The stream of the delta at `index` among those of this tensor, moved on by `skip` float64 numbers.

@@ -9,9 +9,9 @@ import numpy as np
 
 from composer.deltas import LoadedLowRank
 from composer.methods import Choice, Range, merge_method
-from composer.sparsity import keep_largest, weighted_sum
+from composer.sparsity import drop, keep_largest, merge_elected_unweighted, weighted_sum
 
-__all__ = ["linear_peft", "magnitude_prune_peft", "ties_peft"]
+__all__ = ["dare_linear_peft", "dare_ties_peft", "linear_peft", "magnitude_prune_peft", "ties_peft"]
 
 Pair = tuple[np.ndarray, np.ndarray]
 Combine = Callable[[Sequence[np.ndarray], Sequence[float]], np.ndarray]
@@ -59,17 +59,55 @@ def ties_peft(
 
     def merge(parts: Sequence[np.ndarray], by: Sequence[float]) -> np.ndarray:
         kept = [keep_largest(part, density) for part in parts]
-        votes = kept if majority_sign == "total" else [np.sign(part) for part in kept]
-        elected = np.where(weighted_sum(votes, [1.0] * len(votes)) >= 0, np.float32(1), np.float32(-1))
-        agreeing = [np.sign(part) == elected for part in kept]
-        total = weighted_sum([part * mask for part, mask in zip(kept, agreeing, strict=True)], by)
-        return total / np.maximum(np.sum(agreeing, axis=0, dtype=np.float32), np.float32(1))
+        return merge_elected_unweighted(kept, by, majority_sign == "frequency")
 
     return _apart(deltas, weights, merge)
 
 
+@merge_method(name="dare_linear@peft", factors=True, equal_ranks=True)
+def dare_linear_peft(
+    deltas: Sequence[LoadedLowRank],
+    weights: Sequence[float],
+    *,
+    rng: Sequence[np.random.Generator],
+    density: Annotated[float, Range(0, 1, above=True)] = 0.5,
+) -> Pair:
+    """PEFT's `dare_linear`: as `linear@peft`, after random numbers of each A and each B are dropped, the rest rescaled.
+
+    The masks are of this recipe's seed, not of torch's generator: they have PEFT's distribution, not its bits.
+    deltas: loaded low-rank deltas of one rank. rng: one generator a delta. Returns (left, right), float32.
+    Source: PEFT's add_weighted_adapter
+    """
+    return _apart(deltas, weights, lambda parts, by: weighted_sum(_dropped(parts, density, rng), by))
+
+
+@merge_method(name="dare_ties@peft", factors=True, equal_ranks=True)
+def dare_ties_peft(
+    deltas: Sequence[LoadedLowRank],
+    weights: Sequence[float],
+    *,
+    rng: Sequence[np.random.Generator],
+    density: Annotated[float, Range(0, 1, above=True)] = 0.5,
+    majority_sign: Annotated[str, Choice(("total", "frequency"))] = "total",
+) -> Pair:
+    """PEFT's `dare_ties`: `ties@peft` with the random drop of `dare_linear@peft` in place of the trimming.
+
+    deltas: loaded low-rank deltas of one rank. rng: one generator a delta. Returns (left, right), float32.
+    Source: PEFT's add_weighted_adapter
+    """
+
+    def merge(parts: Sequence[np.ndarray], by: Sequence[float]) -> np.ndarray:
+        return merge_elected_unweighted(_dropped(parts, density, rng), by, majority_sign == "frequency")
+
+    return _apart(deltas, weights, merge)
+
+
+def _dropped(parts: Sequence[np.ndarray], density: float, rng: Sequence[np.random.Generator]) -> list[np.ndarray]:
+    return [drop(part, density, each) for part, each in zip(parts, rng, strict=True)]
+
+
 def _apart(deltas: Sequence[LoadedLowRank], weights: Sequence[float], combine: Combine) -> Pair:
-    """Combine the factors of each side, with the roots of weight and scale; A takes the sign."""
+    """Combine the factors of each side, left first, with the roots of weight and scale; A takes the sign."""
     values = [float(weight) * float(delta.scale) for delta, weight in zip(deltas, weights, strict=True)]
     roots = [abs(value) ** 0.5 for value in values]
     signed = [root if value >= 0 else -root for root, value in zip(roots, values, strict=True)]

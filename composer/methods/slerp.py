@@ -10,8 +10,7 @@ import numpy as np
 from composer.methods import Range, merge_method
 from composer.sparsity import weighted_sum
 
-__all__ = ["slerp"]
-
+__all__ = ["on_the_arc", "slerp"]
 
 NEARLY_PARALLEL = 0.9995
 
@@ -30,9 +29,14 @@ def slerp(
     if len(deltas) == 1:
         return weighted_sum(deltas, weights)
     first, second = (delta.astype(np.float64) * weight for delta, weight in zip(deltas, weights, strict=True))
+    return on_the_arc(first, second, t).astype(np.float32)
+
+
+def on_the_arc(first: np.ndarray, second: np.ndarray, t: float) -> np.ndarray:
+    """The point at `t` between two float64 arrays of one shape, on the arc or, if nearly parallel, on the line."""
     norms = np.sqrt((first * first).sum() * (second * second).sum())
     cosine = float((first * second).sum() / norms) if norms > 0 else 1.0
     if abs(cosine) > NEARLY_PARALLEL:
-        return ((1 - t) * first + t * second).astype(np.float32)
+        return (1 - t) * first + t * second
     angle = np.arccos(cosine)
-    return ((np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)).astype(np.float32)
+    return (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)

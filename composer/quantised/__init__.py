@@ -19,7 +19,7 @@ import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from composer.tensors import TensorSpec
 
 __all__ = [
     "Decoder",
+    "Encodable",
+    "Encoder",
     "QuantisedTensor",
     "Scheme",
     "corrupt",
@@ -68,8 +70,42 @@ class Decoder(Protocol):
         ...
 
 
+class Encoder(Protocol):
+    """One layer on its way back into the tensors that its scheme stores; see composer.requantise."""
+
+    @property
+    def dtype(self) -> str:
+        """What the numbers are rounded to before they are encoded: the dtype that the layer was quantised from."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Rows are encoded from a multiple of this to a multiple of this, or to the end."""
+        ...
+
+    def encode(self, start: int, values: np.ndarray) -> None:
+        """Take the rows from `start` on, float32 [rows, columns]; each row once, in any order, from several threads."""
+        ...
+
+    def finish(self) -> Decoder:
+        """The layer as stored, in memory: its parts have the names, dtypes and sizes of the base's."""
+        ...
+
+
+@runtime_checkable
+class Encodable(Protocol):
+    """A decoder whose scheme can be written as well."""
+
+    def encoder(self) -> Encoder:
+        """An encoder with the settings of this layer."""
+        ...
+
+
 class Scheme(Protocol):
-    """What one file of this package provides. `config` is the quantization_config of config.json."""
+    """What one file of this package provides. `config` is the quantization_config of config.json.
+
+    `ignored`, where a scheme has it, names stored tensors that are no weights and that the config says as well.
+    """
 
     name: str
 
@@ -188,7 +224,7 @@ def logical_tensors(
             raise corrupt(decoder.name, "each layer quantised once", "two sets of stored tensors")
         tensors[decoder.name] = QuantisedTensor(decoder, kept)
     for name, spec in stored.items():
-        if name in consumed:
+        if name in consumed or name in getattr(found, "ignored", ()):
             continue
         if name in tensors:
             raise corrupt(name, "either a quantised or a plain tensor", "both")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from composer.gguf import PLAIN, GgufSpec
+from composer.gguf_config import ROPE_FREQUENCIES
 from composer.quantised import Decoder, corrupt, refuse, scheme
 from composer.tensors import DTYPES, TensorSpec
 
@@ -101,6 +102,7 @@ class Gguf:
     """A folder whose weights are one .gguf file."""
 
     name = "gguf"
+    ignored = (ROPE_FREQUENCIES,)  # checked against the config when the file is opened
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "gguf"
@@ -116,7 +118,11 @@ class Gguf:
             raise refuse("gguf: the file is one of several", expected="one file", found=config["splits"])
 
     def decoders(self, config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> list[Decoder]:
-        return [_decoder(config, spec) for spec in stored.values() if isinstance(spec, GgufSpec)]
+        return [
+            _decoder(config, spec)
+            for spec in stored.values()
+            if isinstance(spec, GgufSpec) and spec.name not in self.ignored
+        ]
 
 
 def _decoder(config: Mapping[str, Any], spec: GgufSpec) -> GgufTensor:

@@ -37,6 +37,8 @@ def refuse_path(ref: str, what: str, *, base: bool = False) -> str:
 def refuse_paths(recipe: Recipe) -> Recipe:
     """`recipe`, unless its base or one of its adapters is a path."""
     refuse_path(recipe.base, "the base", base=True)
+    if recipe.original is not None:
+        refuse_path(recipe.original, "the original", base=True)
     for term in recipe.adapters:
         refuse_path(term.ref, "the adapter")
     return recipe

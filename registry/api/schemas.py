@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.recipe import Allow, Dtype, Export, Recipe, Value, parse_recipe
+from composer.recipe import Allow, BasePrecision, Dtype, Export, Recipe, Value, parse_recipe
 from registry.api.rules import refuse_paths
 from registry.schemas import DoctorCheck
 
@@ -34,6 +34,10 @@ class RecipeRequest(_Request):
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
+    base_precision: BasePrecision = BasePrecision.QUANTISED
+    original: str | None = Field(default=None, min_length=1, description="the base that a quantised one was made of")
+    requantise: bool = Field(default=False, description="write the result quantised as the base is")
+    min_survival: float = Field(default=0.1, ge=0, le=1, description="what requantising must leave of each adapter")
 
 
 class DoctorReport(BaseModel):
@@ -50,13 +54,10 @@ class Health(BaseModel):
     version: str
 
 
-SETTINGS = ("method", "parameters", "dtype", "export", "rank", "allow", "untie")
-
-
 def to_recipe(body: RecipeRequest | Recipe) -> Recipe:
     """The recipe that a request holds, in either form. Raises RecipeError, or PolicyError for local paths."""
     if isinstance(body, RecipeRequest):
-        body = parse_recipe(body.recipe, **{name: getattr(body, name) for name in SETTINGS})
+        body = parse_recipe(body.recipe, **body.model_dump(exclude={"recipe"}))
     return refuse_paths(body)
 
 

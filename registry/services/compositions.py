@@ -28,6 +28,7 @@ from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
+from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
@@ -35,7 +36,8 @@ from registry.db import session_scope
 from registry.errors import BaseChangedError
 from registry.interface import Progress
 from registry.models import BaseFileRow, BaseModelRow, CompositionRow, VersionRow
-from registry.schemas import CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
+from registry.originals import difference_warning, original_error, original_reference
+from registry.schemas import CompositionInfo, Level, PlanInfo, PlannedAdapter, Relation, Verdict
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim, version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
@@ -52,6 +54,16 @@ class ResolvedBase:
     facts: BaseFacts
     tokenizer: str | None
     chat_template: str | None
+    quantised_from: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedOriginal:
+    """The base that a quantised one was made of, and how far the two differ; see composer.precision."""
+
+    ref: str
+    base: ResolvedBase
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,17 @@ class Resolved:
     recipe: Recipe
     base: ResolvedBase
     adapters: tuple[ResolvedAdapter, ...]
+    original: ResolvedOriginal | None = None
+
+    @property
+    def target(self) -> ResolvedBase:
+        """What is merged into: the base, or its original."""
+        return self.original.base if self.original else self.base
+
+    @property
+    def written_like(self) -> ResolvedBase:
+        """Whose configs and tokenizer go along: a requantised result is the base with other numbers."""
+        return self.base if self.recipe.requantise else self.target
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -82,8 +105,9 @@ class Resolved:
             "base": {
                 "ref": self.recipe.base,
                 "fingerprint": self.base.facts.fingerprint,
-                "tokenizer": self.base.tokenizer,
-                "chat_template": self.base.chat_template,
+                "tokenizer": self.written_like.tokenizer,
+                "chat_template": self.written_like.chat_template,
+                **({"original": self._original_facts} if self.original else {}),
             },
             "adapters": [
                 {
@@ -97,33 +121,44 @@ class Resolved:
         }
 
     @property
+    def _original_facts(self) -> dict[str, Any] | None:
+        if self.original is None:
+            return None
+        fingerprint = self.original.base.facts.fingerprint
+        return {"ref": self.original.ref, "fingerprint": fingerprint, "difference": round(self.original.error, 6)}
+
+    @property
     def key(self) -> str:
         """What determines the output, as 64 hex digits: inputs by content, the recipe's settings, this version."""
-        files = self.base.checkpoint.files
+        files = self.written_like.checkpoint.files
         content = {
             "registry": registry.__version__,
             "torch": version("torch"),
             "base": self.base.facts.fingerprint,
+            "merged into": self._original_facts,
             "files": {name: sha256_file(files[name]) for name in copy_names(files)},
-            "shards": [[shard.name, list(shard.header.tensors)] for shard in self.base.checkpoint.shards],
+            "shards": [[shard.name, list(shard.header.tensors)] for shard in self.target.checkpoint.shards],
             "adapters": [
                 [item.digest, item.term.weight, [[each.pattern, each.weight] for each in item.term.modules]]
                 for item in self.adapters
             ],
             "labels": [self.recipe.base, *(item.label for item in self.adapters)],
             "verdicts": [item.verdict.level for item in self.adapters],
-            **self.recipe.model_dump(mode="json", exclude={"base", "adapters"}),
+            **self.recipe.model_dump(mode="json", exclude={"base", "adapters", "original"}),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def warnings(self) -> list[str]:
-        """One line for each adapter whose verdict is weaker than exact."""
-        return [
+        """One line for each adapter whose verdict is weaker than exact, and one where the original is merged into."""
+        lines = [
             f"{item.label}: {item.verdict.level}: {'; '.join(reason.message for reason in item.verdict.reasons)}"
             for item in self.adapters
             if item.verdict.level is not Level.EXACT
         ]
+        if self.original:
+            lines.append(difference_warning(self.recipe.base, self.original.ref, self.original.error))
+        return lines
 
 
 class Compositions:
@@ -143,8 +178,12 @@ class Compositions:
         per_term = [
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
-        files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
-        companions = {name: len(data) for name, data in companion_files(plan)} if not in_place else {}
+        if recipe.requantise:
+            files, along = requantised_files(plan), requantised_companions(plan)
+        else:
+            files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
+            along = companion_files(plan) if not in_place else iter(())
+        companions = {name: len(data) for name, data in along}
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -192,9 +231,18 @@ class Compositions:
         return resolved.verdict
 
     def resolve(self, recipe: Recipe, progress: Progress | None = None) -> Resolved:
-        """Open every reference of a recipe."""
+        """Open every reference of a recipe. Verdicts are on its base, also where the original is merged into."""
         base = self.open_base(recipe.base, progress)
-        return Resolved(recipe, base, tuple(self._adapter(term, base, progress) for term in recipe.adapters))
+        adapters = tuple(self._adapter(term, base, progress) for term in recipe.adapters)
+        return Resolved(recipe, base, adapters, self._original(recipe, base, progress))
+
+    def _original(self, recipe: Recipe, base: ResolvedBase, progress: Progress | None) -> ResolvedOriginal | None:
+        ref = original_reference(recipe, base.quantised_from)
+        if ref is None:
+            return None
+        original = self.open_base(ref, progress)
+        error = original_error(recipe.base, base.checkpoint, ref, original.checkpoint)
+        return ResolvedOriginal(ref, original, error)
 
     def open_base(self, ref: str, progress: Progress | None) -> ResolvedBase:
         """A registered base, whose files must be what was fingerprinted, or a folder, which is fingerprinted now."""
@@ -207,7 +255,8 @@ class Compositions:
                 facts = base_facts(session, row)
                 checkpoint = open_checkpoint(_unchanged(row, session.scalars(
                     select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
-                return ResolvedBase(checkpoint, facts, row.tokenizer_digest, row.chat_template_digest)
+                parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
+                return ResolvedBase(checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, parent)
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
@@ -251,7 +300,7 @@ class Compositions:
     @staticmethod
     def _plan(resolved: Resolved) -> Plan:
         terms = [Term(item.label, item.adapter, item.term.weight, item.term.modules) for item in resolved.adapters]
-        return make_plan(resolved.recipe, resolved.base.checkpoint, terms)
+        return make_plan(resolved.recipe, resolved.target.checkpoint, terms, resolved.base.checkpoint)
 
     def _record(self, resolved: Resolved, record: dict[str, Any]) -> None:
         with session_scope(self._engine, writes=True) as session:

@@ -12,7 +12,7 @@ from cli.compose import default_out
 from cli.output import block, clean, short, size, table
 from cli.progress import ProgressLine
 from cli.reference import render
-from composer.recipe import Allow, Dtype, Export, parse_recipe
+from composer.recipe import Allow, BasePrecision, Dtype, Export, parse_recipe
 from registry.schemas import Level, Relation
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
@@ -28,6 +28,7 @@ def test_choices_are_the_enums() -> None:
     assert list(options.DTYPES) == list(Dtype)
     assert list(options.EXPORTS) == list(Export)
     assert list(options.ALLOW) == list(Allow)
+    assert list(options.PRECISIONS) == list(BasePrecision)
     assert list(options.RELATIONS) == list(Relation)
     assert [*options.LEVELS, "incompatible"] == list(Level)
 
@@ -70,6 +71,7 @@ def test_clean_keeps_letters_of_any_script() -> None:
         ("smollm2+shout+team/json", {"export": Export.ONNX}, "smollm2+shout+json-onnx"),
         ("./models/tiny/+/x/y/fr", {"dtype": Dtype.FP16}, "tiny+fr-fp16"),
         ("smollm2", {}, "smollm2"),
+        ("nf4+a", {"base_precision": "original", "requantise": True}, "nf4+a-original-requantised"),
     ],
 )
 def test_the_output_folder_is_named_after_the_recipe(text: str, options: dict[str, str], name: str) -> None:

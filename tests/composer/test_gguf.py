@@ -12,7 +12,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from composer.checkpoint import open_checkpoint
 from composer.errors import CorruptFileError, NotFoundError, UnsupportedQuantisationError
@@ -33,6 +44,7 @@ IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GGUF_NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
@@ -42,6 +54,8 @@ def small_model(architecture: str = "llama") -> Any:
     torch.manual_seed(3)
     if architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    if architecture == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False, head_dim=128))
     model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -78,9 +92,10 @@ def random_blocks(rng: np.random.Generator, rows: int, columns: int, name: str) 
 
 
 def write_gguf(
-    folder: Path, model: Any, types: tuple[str, ...] = ("F32",), architecture: str = "llama", **metadata: int
-) -> Path:
-    """The model as a GGUF with its config.json: matrices in `types` in turn, vectors in F32."""
+    folder: Path, model: Any, types: tuple[str, ...] = ("F32",), architecture: str = "llama",
+    extra: dict[str, np.ndarray] | None = None, **metadata: int,
+) -> Path:  # fmt: skip
+    """The model as a GGUF with its config.json: matrices in `types` in turn, vectors and `extra` in F32."""
     model.config.save_pretrained(folder)
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     writer.add_block_count(LAYERS)
@@ -108,6 +123,8 @@ def write_gguf(
             writer.add_tensor(gguf_name(name), gguf.quantize(tensor, raw_type), raw_dtype=raw_type)
         else:
             writer.add_tensor(gguf_name(name), random_blocks(rng, *tensor.shape, kind), raw_dtype=raw_type)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -245,6 +262,89 @@ def test_an_adapter_over_a_gguf_base_against_peft(tmp_path: Path) -> None:
     assert torch.allclose(found, expected, atol=2e-5)
 
 
+def logits_of(model: Any) -> torch.Tensor:
+    """For a few tokens, in float32."""
+    with torch.no_grad():
+        return model(torch.arange(24)[None]).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_alone_has_its_config_from_its_metadata(tmp_path: Path, architecture: str) -> None:
+    """Composed and loaded plain, it computes what transformers' own load of the file does."""
+    heads = {f"{architecture}__rope__dimension_count": HIDDEN // HEADS} if architecture == "llama" else {}
+    if architecture == "qwen3":
+        heads = {"qwen3__attention__key_length": 128}  # which transformers does not read: it is its default
+    folder = write_gguf(tmp_path / "base", small_model(architecture), ("Q8_0",), architecture, **heads)
+    (folder / "config.json").unlink()
+    compose_folders(folder, [], tmp_path / "out", dtype=Dtype.FP32)
+    load = {"gguf_file": "model.gguf", "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    expected = AutoModelForCausalLM.from_pretrained(folder, **load)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(found) is type(expected)
+    assert torch.allclose(logits_of(found), logits_of(expected), atol=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    own = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
+    assert all(getattr(own, key) == config[key] for key in config.keys() & SIZES.keys())
+    assert config["rms_norm_eps"] == 1e-6
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def scaled_model(factor: float) -> tuple[Any, np.ndarray]:
+    """A Llama with the rotary scaling of 3.1, and what it divides its frequencies by, as transformers computes it."""
+    config = LlamaConfig(**SIZES, tie_word_embeddings=False, rope_parameters={**LLAMA3, "factor": factor})
+    plain = 10000.0 ** -(torch.arange(0, HIDDEN // HEADS, 2) / (HIDDEN // HEADS))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    torch.manual_seed(3)
+    return LlamaForCausalLM(config), (plain / scaled).numpy().astype(np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_freqs_of_llama_3_1_are_its_rope_scaling(tmp_path: Path, factor: float) -> None:
+    """Beside a config.json that says the same, and without one; no weight of the model is called so."""
+    model, divisors = scaled_model(factor)
+    assert 1 < len(set(divisors.tolist()))
+    folder = write_gguf(tmp_path / "base", model, extra={"rope_freqs.weight": divisors})
+    for name in ("with", "without"):
+        compose_folders(folder, [], tmp_path / name, dtype=Dtype.FP32)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert found.config.rope_parameters["factor"] == factor
+        assert torch.equal(logits_of(found), logits_of(model))
+        assert "rope_freqs.weight" not in read_tensors(tmp_path / name)
+        (folder / "config.json").unlink(missing_ok=True)
+
+
+def test_other_rope_freqs_are_refused(tmp_path: Path) -> None:
+    """Another factor than the config's, none in it, and numbers that no setting of Llama 3 gives."""
+    model, divisors = scaled_model(8.0)
+    for name, given, array in (
+        ("factor", model, scaled_model(4.0)[1]), ("none", small_model(), divisors), ("odd", model, divisors[::-1].copy()),
+    ):  # fmt: skip
+        folder = write_gguf(tmp_path / name, given, extra={"rope_freqs.weight": array})
+        if name == "odd":
+            (folder / "config.json").unlink()
+        with pytest.raises(CorruptFileError, match="rope_freqs"):
+            open_checkpoint(folder)
+
+
+def test_a_gguf_alone_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    """An architecture without a recipe for a config, and a field that is missing."""
+    folder = write_gguf(tmp_path / "base", small_model())
+    (folder / "config.json").unlink()
+    path = folder / "model.gguf"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"llama.block_count", b"llama.block_cound"))
+    with pytest.raises(CorruptFileError, match="block_count"):
+        open_checkpoint(folder)
+    path.write_bytes(data.replace(b"llama", b"lama2"))
+    with pytest.raises(UnsupportedQuantisationError, match="lama2"):
+        open_checkpoint(folder)
+
+
 def test_the_catalogue_takes_a_gguf_base(registry: Any, tmp_path: Path) -> None:
     """It is hashed as stored, listed as decoded, and composed by name; bf16, as its config names no dtype."""
     model = small_model()
@@ -326,8 +426,6 @@ def test_smollm2_decodes_as_transformers_does(tmp_path: Path) -> None:
     source = Path(next(iter(spec.submodule_search_locations)))
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     (tmp_path / file).symlink_to(source / file)
-    from transformers import AutoConfig
-
     expected = by_transformers(source, file)
     config = AutoConfig.from_pretrained(source, gguf_file=file).to_dict()
     config.pop("quantization_config", None)
@@ -339,3 +437,7 @@ def test_smollm2_decodes_as_transformers_does(tmp_path: Path) -> None:
         assert np.array_equal(found, expected[name]), name
         checked += 1
     assert checked == len(set(expected) - {"lm_head.weight"}) == 272
+    built = open_checkpoint({file: source / file}).config
+    fields = built.keys() & config.keys() - {"architectures", "quantization_config"}
+    assert {"hidden_size", "num_key_value_heads", "vocab_size", "rms_norm_eps", "head_dim"} <= fields
+    assert {key: built[key] for key in fields} == pytest.approx({key: config[key] for key in fields})

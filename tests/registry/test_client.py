@@ -57,6 +57,18 @@ def replies(answer: Callable[[httpx.Request], httpx.Response]) -> RemoteRegistry
     return RemoteRegistry("http://service.test", httpx.MockTransport(answer))
 
 
+def test_a_gguf_base_is_uploaded_as_its_file(remote: RemoteRegistry, tmp_path: Path) -> None:
+    """Under its own name, and without a config.json: the service hashes and reads what lies here."""
+    from tests.composer.test_gguf import small_model, write_gguf
+
+    folder = write_gguf(tmp_path / "tiny-gguf", small_model(), ("Q4_0",))
+    (folder / "config.json").unlink()
+    info = remote.add_base(folder)
+    assert (info.name, info.dtype, info.architecture) == ("tiny-gguf", "gguf", "LlamaForCausalLM")
+    remote.compose(parse_recipe("tiny-gguf"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_it_has_the_whole_protocol() -> None:
     """Every method of Registry, with the same parameters."""
     wanted = {name: value for name, value in vars(Registry).items() if inspect.isfunction(value) and name[0] != "_"}

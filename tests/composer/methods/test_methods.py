@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
+import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,245 +24,21 @@ from composer.methods import find_method, methods
 from composer.plan import Term, make_plan
 from composer.recipe import AdapterTerm, Dtype, Recipe, load_recipe
 from composer.run import compose
+from tests.composer.methods.oracles import (
+    COLUMNS,
+    DEGREES,
+    ORACLES,
+    ROWS,
+    case,
+    dense,
+    exact,
+    make,
+    merged,
+    mergekit_oracle,
+    model_stock_oracle,
+    peft_oracle,
+)
 from tests.support import plan_folders, read_tensors, weight_bytes, write_base, write_lora
-
-TENSOR = "model.q_proj.weight"
-ROWS, COLUMNS = 12, 10
-Deltas = list[LoadedLowRank]
-
-
-def make(count: int, *, rank: int = 2, seed: int = 0) -> Deltas:
-    """Random low-rank deltas, the ranks 2, 3, … unless `rank` is negative, which makes them all -rank."""
-    random = np.random.default_rng(seed)
-    ranks = [-rank if rank < 0 else rank + i for i in range(count)]
-    return [
-        LoadedLowRank(
-            random.normal(size=(ROWS, r)).astype(np.float32), random.normal(size=(r, COLUMNS)).astype(np.float32),
-            np.float32(0.5 + i),
-        )
-        for i, r in enumerate(ranks)
-    ]  # fmt: skip
-
-
-def dense(delta: LoadedLowRank) -> np.ndarray:
-    """The float32 block that the composer computes, so that both sides trim the same numbers."""
-    return delta.rows(0, ROWS, np.zeros((ROWS, COLUMNS), np.float32))
-
-
-def merged(name: str, deltas: Deltas, weights: list[float], **parameters: Any) -> np.ndarray:
-    """The method's result for a whole tensor."""
-    bound = find_method(name).bind(parameters, TENSOR)
-    return bound([dense(d) for d in deltas], weights, np.zeros((ROWS, COLUMNS), np.float32), 0, deltas)
-
-
-# The oracles: float64, one number or one whole matrix at a time, nothing shared with the methods.
-
-
-def exact(deltas: Deltas) -> list[np.ndarray]:
-    """The deltas as float64."""
-    return [dense(d).astype(np.float64) for d in deltas]
-
-
-def trimmed(delta: np.ndarray, density: float, skip: int = 0) -> np.ndarray:
-    """By sorting all numbers."""
-    order = sorted(range(delta.size), key=lambda i: -abs(delta.flat[i]))
-    out = np.zeros(delta.shape)
-    for i in order[skip : skip + int(density * delta.size)]:
-        out.flat[i] = delta.flat[i]
-    return out
-
-
-def elected(terms: list[np.ndarray]) -> np.ndarray:
-    """Number by number."""
-    out = np.zeros(terms[0].shape)
-    for i in np.ndindex(out.shape):
-        values = [term[i] for term in terms]
-        sign = 1 if sum(values) >= 0 else -1
-        agreeing = [value for value in values if value * sign > 0]
-        out[i] = sum(agreeing) / len(agreeing) if agreeing else 0
-    return out
-
-
-def uniform(name: str, index: int, seed: int) -> np.ndarray:
-    """The documented stream, drawn one number at a time."""
-    digest = hashlib.sha256(f"{seed}\n{name}\n{TENSOR}\n{index}".encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
-    return np.array([generator.random() for _ in range(ROWS * COLUMNS)]).reshape(ROWS, COLUMNS)
-
-
-def dropped(name: str, deltas: Deltas, density: float, seed: int) -> list[np.ndarray]:
-    return [d * (uniform(name, i, seed) < density) / density for i, d in enumerate(exact(deltas))]
-
-
-def total(terms: list[np.ndarray], weights: list[float]) -> np.ndarray:
-    return sum(w * t for w, t in zip(weights, terms, strict=True))
-
-
-def scaled(terms: list[np.ndarray], weights: list[float]) -> list[np.ndarray]:
-    return [w * t for w, t in zip(weights, terms, strict=True)]
-
-
-def della_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    terms = []
-    for index, delta in enumerate(exact(deltas)):
-        draw, out = uniform("della", index, 3), np.zeros(delta.shape)
-        for row in range(ROWS):
-            ranked = sorted(range(COLUMNS), key=lambda c: -abs(delta[row, c]))
-            for rank, column in enumerate(ranked):
-                keep = 1 - ((1 - 0.6) - 0.3 / 2 + 0.3 / COLUMNS * rank)
-                out[row, column] = delta[row, column] / keep if draw[row, column] < keep else 0
-        terms.append(out)
-    return elected(scaled(terms, weights))
-
-
-def slerp_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    """By rotating in the plane of both: an orthonormal frame instead of the formula of sines."""
-    a, b = (t.ravel() for t in scaled(exact(deltas), weights))
-    size_a, size_b = np.linalg.norm(a), np.linalg.norm(b)
-    x = a / size_a
-    y = b / size_b - (b / size_b @ x) * x
-    y /= np.linalg.norm(y)
-    angle = np.arctan2(b @ y, b @ x)
-    # sin((1-t)θ)/sinθ and sin(tθ)/sinθ are the coordinates of the rotated unit vector in the frame (x, b/‖b‖).
-    turned = np.cos(0.3 * angle) * x + np.sin(0.3 * angle) * y
-    along = np.linalg.lstsq(np.stack([x, b / size_b], axis=1), turned, rcond=None)[0]
-    return (along[0] * a + along[1] * b).reshape(ROWS, COLUMNS)
-
-
-def model_stock_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    terms = [t.ravel() for t in scaled(exact(deltas), weights)]
-    gram = np.corrcoef(np.stack([np.concatenate([t, -t]) for t in terms]))  # mean 0: correlation is cosine
-    k = len(terms)
-    cosine = max(0.0, (gram.sum() - k) / (k * (k - 1)))
-    return (k * cosine / (1 + (k - 1) * cosine) * np.mean(terms, axis=0)).reshape(ROWS, COLUMNS)
-
-
-def svd_oracle(deltas: Deltas, weights: list[float], rank: int = 3) -> np.ndarray:
-    u, s, v = np.linalg.svd(total(exact(deltas), weights))
-    return u[:, :rank] * s[:rank] @ v[:rank]
-
-
-def iso_c_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    u, s, v = np.linalg.svd(total(exact(deltas), weights))
-    k = min(sum(d.right.shape[0] for d in deltas), COLUMNS)
-    return 2 * s[:k].mean() * u[:, :k] @ v[:k]
-
-
-def tsv_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    """Polar factors by inverse square roots of Gram matrices."""
-    parts = [np.linalg.svd(t) for t in scaled(exact(deltas), weights)]
-    ranks = [min(d.right.shape[0], COLUMNS // len(deltas)) for d in deltas]
-    u = np.concatenate([p[0][:, :r] for p, r in zip(parts, ranks, strict=True)], axis=1)
-    v = np.concatenate([p[2][:r].T for p, r in zip(parts, ranks, strict=True)], axis=1)
-    s = np.concatenate([p[1][:r] for p, r in zip(parts, ranks, strict=True)])
-
-    def polar(m: np.ndarray) -> np.ndarray:
-        values, vectors = np.linalg.eigh(m.T @ m)
-        return m @ (vectors / np.sqrt(values)) @ vectors.T
-
-    return polar(u) * s @ polar(v).T
-
-
-def core_space_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    """Bases as eigenvectors of B·Bᵀ and AᵀA, cores as projections of the dense deltas."""
-    k = sum(d.right.shape[0] for d in deltas)
-    b = np.concatenate([d.left.astype(np.float64) * float(d.scale) for d in deltas], axis=1)
-    a = np.concatenate([d.right.astype(np.float64) for d in deltas])
-    u = np.linalg.eigh(b @ b.T)[1][:, ::-1][:, : min(k, ROWS)]
-    v = np.linalg.eigh(a.T @ a)[1][:, ::-1][:, : min(k, COLUMNS)]
-    cores = [u.T @ t @ v for t in exact(deltas)]
-    return u @ elected(scaled([trimmed(core, 0.5) for core in cores], weights)) @ v.T
-
-
-def knots_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    """From the dense matrices."""
-    u, s, v = np.linalg.svd(np.concatenate(exact(deltas), axis=1), full_matrices=False)
-    k = min(sum(d.right.shape[0] for d in deltas), ROWS)
-    parts = [trimmed(v[:k, i * COLUMNS : (i + 1) * COLUMNS], 0.5) for i in range(len(deltas))]
-    return u[:, :k] * s[:k] @ elected(scaled(parts, weights))
-
-
-def linear_oracle(deltas: Deltas, weights: list[float]) -> np.ndarray:
-    return total(exact(deltas), weights)
-
-
-def peft_oracle(name: str, **options: Any) -> Callable[[Deltas, list[float]], np.ndarray]:
-    """PEFT's own add_weighted_adapter on a model of one linear layer."""
-
-    def run(deltas: Deltas, weights: list[float]) -> np.ndarray:
-        import peft
-        import torch
-
-        model = torch.nn.Sequential(torch.nn.Linear(COLUMNS, ROWS, bias=False))
-        for index, delta in enumerate(deltas):
-            rank = delta.right.shape[0]
-            config = peft.LoraConfig(r=rank, lora_alpha=float(delta.scale) * rank, target_modules=["0"])
-            if index == 0:
-                model = peft.get_peft_model(model, config, adapter_name="0")
-            else:
-                model.add_adapter(str(index), config)
-            layer = model.base_model.model[0]
-            layer.lora_A[str(index)].weight.data = torch.from_numpy(delta.right.copy())
-            layer.lora_B[str(index)].weight.data = torch.from_numpy(delta.left.copy())
-        model.add_weighted_adapter([str(i) for i in range(len(deltas))], weights, "sum", name, **options)
-        return layer.get_delta_weight("sum").detach().numpy().astype(np.float64)
-
-    return run
-
-
-# name -> (parameters, oracle, parameters that change nothing or None, whether the order of adapters matters)
-ORACLES: dict[str, tuple[dict[str, Any], Callable[[Deltas, list[float]], np.ndarray], dict[str, Any] | None, bool]] = {
-    "linear": ({}, linear_oracle, {}, False),
-    "cat": ({}, peft_oracle("cat"), {}, False),
-    "task_arithmetic": ({"scaling": 0.3}, lambda d, w: 0.3 * linear_oracle(d, w), {}, False),
-    "ties": (
-        {"density": 0.37, "scaling": 1.5},
-        lambda d, w: 1.5 * elected(scaled([trimmed(t, 0.37) for t in exact(d)], w)),
-        {"density": 1},
-        False,
-    ),
-    "dare_linear": (
-        {"density": 0.4, "seed": 5},
-        lambda d, w: total(dropped("dare_linear", d, 0.4, 5), w),
-        {"density": 1},
-        True,
-    ),
-    "dare_ties": (
-        {"density": 0.4, "seed": 5, "scaling": 0.5},
-        lambda d, w: 0.5 * elected(scaled(dropped("dare_ties", d, 0.4, 5), w)),
-        {"density": 1},
-        True,
-    ),
-    "magnitude_prune": (
-        {"density": 0.6},
-        lambda d, w: total([trimmed(t, 0.6) for t in exact(d)], w),
-        {"density": 1},
-        False,
-    ),
-    "breadcrumbs": (
-        {"density": 0.7, "gamma": 0.1},
-        lambda d, w: total([trimmed(t, 0.7, skip=int(0.1 * t.size)) for t in exact(d)], w),
-        {"density": 1, "gamma": 0},
-        False,
-    ),
-    "della": ({"density": 0.6, "epsilon": 0.3, "seed": 3}, della_oracle, {"density": 1, "epsilon": 0}, True),
-    "slerp": ({"t": 0.3}, slerp_oracle, {}, True),
-    "model_stock": ({}, model_stock_oracle, {}, False),
-    "svd": ({"rank": 3}, svd_oracle, {}, False),
-    "iso_c": ({"scaling": 2}, iso_c_oracle, None, False),
-    "core_space": ({"density": 0.5}, core_space_oracle, {"density": 1}, False),
-    "knots": ({"density": 0.5}, knots_oracle, {"density": 1}, False),
-    "tsv": ({}, tsv_oracle, {}, False),
-    "linear@peft": ({}, peft_oracle("linear"), {}, False),
-    "magnitude_prune@peft": ({"density": 0.6}, peft_oracle("magnitude_prune", density=0.6), {"density": 1}, False),
-    "ties@peft": ({"density": 0.6}, peft_oracle("ties", density=0.6), {"density": 1}, False),
-}  # fmt: skip
-
-
-def case(name: str, count: int = 3, seed: int = 0) -> Deltas:
-    """As many deltas as the method takes, of equal ranks where it asks for that."""
-    method = find_method(name)
-    return make(min(count, method.terms or count), rank=-3 if method.equal_ranks else 2, seed=seed)
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, relative: float) -> None:
@@ -293,6 +69,21 @@ def test_a_method_computes_its_papers_formula(name: str, weights: list[float]) -
         assert_close(found, expected, 2e-7 if name == "cat" else 1e-5 if "@peft" in name else 2e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in sorted(ORACLES) if DEGREES.get(name, 1) is not None])
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.1, 8), st.lists(st.floats(0.25, 2), min_size=3, max_size=3), st.integers(0, 99))
+def test_all_weights_times_a_number_give_the_result_times_that_number(
+    name: str, factor: float, weights: list[float], seed: int
+) -> None:
+    """Or the same result, where a method divides by the sum of the weights."""
+    deltas, parameters = case(name, seed=seed), ORACLES[name][0]
+    degree = DEGREES.get(name, 1)
+    assert degree is not None
+    expected = merged(name, deltas, weights[: len(deltas)], **parameters) * factor**degree
+    found = merged(name, deltas, [weight * factor for weight in weights[: len(deltas)]], **parameters)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+
+
 def test_model_stock_of_deltas_that_agree_equals_its_formula() -> None:
     """Random deltas are nearly orthogonal; these share a part, so the ratio lies well inside (0, 1)."""
     one, two = make(2, rank=-3)
@@ -300,6 +91,78 @@ def test_model_stock_of_deltas_that_agree_equals_its_formula() -> None:
     deltas, weights = [one, both], [1.0, 0.8]
     expected = model_stock_oracle(deltas, weights)
     assert_close(merged("model_stock", deltas, weights), expected, 2e-6)
+
+
+def test_methods_that_mergekit_names_otherwise_or_alike_are_the_same() -> None:
+    """nuslerp is slerp with t from the weights, task_arithmetic is what it is here."""
+    deltas = case("slerp")
+    expected = mergekit_oracle("nuslerp")(deltas, [1.0, 3.0])
+    assert_close(merged("slerp", deltas, [1.0, 1.0], t=0.75), expected, 2e-6)
+    expected = mergekit_oracle("task_arithmetic")(deltas, [1.0, 3.0])
+    assert_close(merged("task_arithmetic", deltas, [1.0, 3.0]), expected, 2e-6)
+
+
+def test_small_deltas_count_alike_in_mergekits_sce() -> None:
+    """Its threshold is absolute; the paper's formula has none and gives something else."""
+    deltas = case("slerp")
+    expected = mergekit_oracle("sce of small deltas")(deltas, [1e-4, 1e-4])
+    assert_close(merged("sce@mergekit", deltas, [1e-4, 1e-4]), expected, 2e-6)
+    assert np.linalg.norm(merged("sce", deltas, [1e-4, 1e-4]) - expected) > 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["dare_linear@peft", "dare_linear_svd@peft"])
+def test_drops_of_pefts_dialects_keep_the_expected_value(name: str) -> None:
+    """The mean over 400 seeds comes near what nothing dropped gives, at full rank."""
+    deltas, weights = case(name, 2), [1.0, -0.5]
+    full = {"rank": COLUMNS} if "svd" in name else {}
+    expected = merged(name, deltas, weights, density=1, **full)
+    draws = [merged(name, deltas, weights, density=0.5, seed=seed, **full) for seed in range(400)]
+    error = np.linalg.norm(np.mean(draws, axis=0) - expected) / np.linalg.norm(expected)
+    spread = np.linalg.norm(np.std(draws, axis=0)) / np.linalg.norm(expected)
+    assert 0.3 < spread
+    assert error < 3 * spread / 400**0.5
+
+
+LAPACK = [name for name, method in sorted(methods().items()) if method.factors and not method.equal_ranks]
+PROCESS = """
+import numpy as np, sys
+from composer.deltas import LoadedLowRank
+from composer.methods import find_method
+random = np.random.default_rng(0)
+draw = lambda *shape: random.normal(size=shape).astype(np.float32)
+deltas = [LoadedLowRank(draw(384, 16), draw(16, 640), np.float32(0.5)) for _ in range(3)]
+for name in sys.argv[1:]:
+    left, right = find_method(name).bind({}, "t").pair(deltas, [1, 0.7, -0.4])
+    sys.stdout.buffer.write(left.tobytes() + right.tobytes() + (left.astype(float) @ right).tobytes())
+"""
+
+
+def in_process(**environment: str) -> bytes:
+    """The factors of every method on factors, and their products, from a new process."""
+    command = [sys.executable, "-c", PROCESS, *LAPACK]
+    return subprocess.run(command, capture_output=True, check=True, env={**os.environ, **environment}).stdout
+
+
+@pytest.mark.slow
+def test_lapack_gives_the_same_bytes_at_any_number_of_threads() -> None:
+    """svd, knots, tsv, iso_c and core_space leave their linear algebra to OpenBLAS."""
+    results = {in_process(OPENBLAS_NUM_THREADS=str(count), OMP_NUM_THREADS=str(count)) for count in (1, 2, 4)}
+    assert len(results) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kernels of x86")
+def test_lapack_on_another_processor_differs_in_the_last_digits() -> None:
+    """Its kernels are chosen by the processor: what is promised there is 1e-6, not the bytes."""
+    here, there = in_process(), in_process(OPENBLAS_CORETYPE="Nehalem")
+    position = 0
+    for name in LAPACK:
+        rank, size = 16 if "@peft" in name or name == "svd" else 48, 8 * 384 * 640
+        position += 4 * rank * (384 + 640)
+        one, other = (np.frombuffer(each[position : position + size]) for each in (here, there))
+        assert_close(other, one, 1e-6)
+        position += size
+    assert position == len(here) == len(there)
 
 
 def test_ties_at_peft_elects_by_frequency_as_peft_does() -> None:
@@ -323,6 +186,7 @@ def test_one_adapter_at_weight_1_gives_its_own_delta(name: str) -> None:
 def test_the_order_of_adapters_does_not_matter(name: str, order: list[int], weights: list[float], seed: int) -> None:
     """To float32 accumulation."""
     deltas, parameters = case(name, seed=seed), ORACLES[name][0]
+    order, weights = [i for i in order if i < len(deltas)], weights[: len(deltas)]
     expected = merged(name, deltas, weights, **parameters)
     found = merged(name, [deltas[i] for i in order], [weights[i] for i in order], **parameters)
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
@@ -369,7 +233,7 @@ def test_bytes_depend_on_neither_blocks_nor_threads(
     folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """One block a tensor at one thread, a row a block at two and at four."""
-    weights = [1.0, 0.5]
+    weights = [1.0, 0.5][: find_method(name).terms]
     files = []
     for threads, block in ((1, 1 << 20), (2, 1), (4, 160)):
         monkeypatch.setattr(run_module, "THREADS", threads)
@@ -386,8 +250,9 @@ def test_weight_0_is_the_same_bytes_as_leaving_the_adapter_out(
 ) -> None:
     """Random masks included: the adapters that stay draw what they drew."""
     base, (first, middle, last) = folders
-    with_zero = outcome((base, [first, middle, last]), tmp_path / "zero", name, [0.6, 0.0, 0.9])
-    without = outcome((base, [first, last]), tmp_path / "without", name, [0.6, 0.9])
+    kept = [(first, 0.6), (last, 0.9)][-(find_method(name).terms or 2) :]
+    with_zero = outcome((base, [first, middle, last]), tmp_path / "zero", name, [dict(kept).get(first, 0.0), 0.0, 0.9])
+    without = outcome((base, [path for path, _ in kept]), tmp_path / "without", name, [weight for _, weight in kept])
     assert weight_bytes(with_zero) == weight_bytes(without)
 
 
