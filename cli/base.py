@@ -12,6 +12,8 @@ from cli.output import emit
 
 __all__ = ["COMMANDS"]
 
+CHANGED = 5
+
 
 @click.group()
 def base() -> None:
@@ -63,6 +65,21 @@ def show(settings: Settings, name: str) -> None:
 
     info = settings.registry.get_base(name)
     emit(settings, info, lambda: base_block(info), lambda: info.fingerprint)
+
+
+@base.command()
+@click.argument("name")
+@common_options
+@pass_settings
+def verify(settings: Settings, name: str) -> None:
+    """Hash every tensor of the base NAME again; exits with 5 when it is not what was registered."""
+    from cli.views import base_check_block
+
+    with settings.progress() as progress:
+        check = settings.registry.verify_base(name, progress=progress)
+    emit(settings, check, lambda: base_check_block(check), lambda: check.found)
+    if not check.intact:
+        click.get_current_context().exit(CHANGED)
 
 
 COMMANDS = {"base": base}

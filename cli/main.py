@@ -51,6 +51,8 @@ COMMANDS = {
     "resize": "convert",
     "delta": "delta",
     "inspect": "compose",
+    "jobs": "jobs",
+    "worker": "jobs",
     "serve": "service",
     "doctor": "service",
 }

@@ -19,7 +19,17 @@ from composer.errors import UsageError
 if TYPE_CHECKING:
     from registry.interface import Registry
 
-__all__ = ["ALLOW", "DTYPES", "EXPORTS", "LEVELS", "RELATIONS", "Settings", "common_options", "pass_settings"]
+__all__ = [
+    "ALLOW",
+    "DTYPES",
+    "EXPORTS",
+    "JOB_STATES",
+    "LEVELS",
+    "RELATIONS",
+    "Settings",
+    "common_options",
+    "pass_settings",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,6 +40,7 @@ EXPORTS = ("safetensors", "onnx", "peft")
 ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")
 RELATIONS = ("finetune", "quantized", "merged", "resized")
+JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 FORMATS = ("human", "json", "quiet")
 
 

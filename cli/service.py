@@ -21,10 +21,32 @@ __all__ = ["COMMANDS"]
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any that is free.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(0, 64),
+    default=1,
+    show_default=True,
+    help="Jobs at a time; 0 leaves them to 'registry worker'.",
+)
+@click.option("--max-queue", type=click.IntRange(min=1), default=1000, show_default=True, help="Jobs that may wait.")
+@click.option(
+    "--max-disk",
+    type=click.IntRange(min=1),
+    metavar="BYTES",
+    help="What compositions may take; default: all but 512 MiB.",
+)
 @click.option("--max-upload", type=click.IntRange(min=1), metavar="BYTES", help="The largest upload to take.")
 @common_options
 @pass_settings
-def serve(settings: Settings, host: str, port: int, max_upload: int | None) -> None:
+def serve(
+    settings: Settings,
+    host: str,
+    port: int,
+    jobs: int,
+    max_queue: int,
+    max_disk: int | None,
+    max_upload: int | None,
+) -> None:
     """Serve the registry over HTTP until interrupted; its URL is printed on stdout.
 
     Access is open, so only this machine may connect. The API is described at /api/v1/docs.
@@ -36,7 +58,7 @@ def serve(settings: Settings, host: str, port: int, max_upload: int | None) -> N
         )
     listener = _listen(address, port)
     with listener:
-        _run(settings, listener, max_upload)
+        _run(settings, listener, max_upload, jobs, max_queue, max_disk)
 
 
 def _loopback(host: str) -> str:
@@ -73,19 +95,25 @@ def _listen(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(settings: Settings, listener: socket.socket, max_upload: int | None) -> None:
+def _run(
+    settings: Settings,
+    listener: socket.socket,
+    max_upload: int | None,
+    slots: int,
+    max_queue: int,
+    max_disk: int | None,
+) -> None:
     import uvicorn
 
     from registry.api.app import MAX_UPLOAD_BYTES, create_app
     from registry.api.guard import LOOPBACK_HOSTS
-    from registry.services.jobs import JobService
+    from registry.services.jobs import JobLimits, JobService
 
     local = settings.open_local()
     app = None
     try:
-        app = create_app(
-            local, JobService(local), max_upload_bytes=max_upload or MAX_UPLOAD_BYTES, hosts=LOOPBACK_HOSTS
-        )
+        jobs = JobService(local, limits=JobLimits(queued=max_queue, disk_bytes=max_disk), slots=slots)
+        app = create_app(local, jobs, max_upload_bytes=max_upload or MAX_UPLOAD_BYTES, hosts=LOOPBACK_HOSTS)
         level = "warning" if settings.format == "quiet" else "info"
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=_log_config(), log_level=level, timeout_graceful_shutdown=5)

@@ -7,6 +7,7 @@ from typing import Any
 
 from cli.output import block, short, size, table
 from registry.schemas import (
+    BaseCheck,
     BaseFit,
     BaseInfo,
     CompatibleAdapter,
@@ -15,6 +16,7 @@ from registry.schemas import (
     DeltaInfo,
     DoctorCheck,
     FileInfo,
+    JobInfo,
     PlanInfo,
     Verdict,
     VersionInfo,
@@ -22,6 +24,7 @@ from registry.schemas import (
 
 __all__ = [
     "base_block",
+    "base_check_block",
     "base_table",
     "checks_table",
     "compatible_table",
@@ -30,6 +33,8 @@ __all__ = [
     "delta_block",
     "fits_table",
     "inspection",
+    "job_block",
+    "job_table",
     "plan_block",
     "verdict_lines",
     "version_block",
@@ -68,6 +73,53 @@ def base_block(base: BaseInfo) -> str:
             ("layout", base.layout_digest),
             ("config", base.config_digest),
             ("registered", f"{base.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ]
+    )
+
+
+def base_check_block(check: BaseCheck) -> str:
+    """Whether it is intact, and what is not."""
+    return block(
+        [
+            ("name", check.name),
+            ("intact", "yes" if check.intact else "no"),
+            ("fingerprint", check.fingerprint),
+            ("found", None if check.intact else check.found),
+            ("changed", check.changed),
+        ]
+    )
+
+
+def _done(job: JobInfo) -> str | None:
+    return f"{size(job.bytes_done)} of {size(job.bytes_total)}" if job.bytes_total else None
+
+
+def job_table(jobs: Sequence[JobInfo]) -> str:
+    """One line a job."""
+    rows = [
+        (job.id, job.kind, job.state.value, job.step, _done(job), f"{job.created_at:%Y-%m-%d %H:%M:%S}", job.title)
+        for job in jobs
+    ]
+    return table(("JOB", "KIND", "STATE", "STEP", "DONE", "SUBMITTED", "WHAT"), rows, "no jobs")
+
+
+def job_block(job: JobInfo) -> str:
+    """All of a job, with its error or what came of it."""
+    error = job.error or {}
+    return block(
+        [
+            ("job", job.id),
+            ("kind", job.kind),
+            ("what", job.title),
+            ("state", job.state.value),
+            ("step", job.step),
+            ("done", _done(job)),
+            ("attempts", job.attempts),
+            ("submitted", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("finished", job.finished_at and f"{job.finished_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("error", error.get("message")),
+            ("remedy", error.get("remedy")),
+            ("digest", getattr(job.result, "output_digest", None) or getattr(job.result, "fingerprint", None)),
         ]
     )
 

@@ -26,6 +26,7 @@ from registry.api.rules import refuse_path, refuse_paths
 from registry.interface import DEFAULT_PAGE, Progress
 from registry.names import adapter_name
 from registry.schemas import (
+    BaseCheck,
     BaseFit,
     BaseInfo,
     CompatibleAdapter,
@@ -90,7 +91,7 @@ class RemoteRegistry:
         relation: Relation | None = None,
         progress: Progress | None = None,
     ) -> BaseInfo:
-        """Upload a checkpoint: its weights and the files that go along."""
+        """Upload a checkpoint (its weights and the files that go along), which a job on the service fingerprints."""
         from composer.checkpoint import INDEX, open_checkpoint
         from composer.files import copy_names
         from registry.names import base_name, slug
@@ -100,7 +101,9 @@ class RemoteRegistry:
         names = [*(shard.name for shard in checkpoint.shards), *copy_names(checkpoint.files)]
         names += [INDEX] if checkpoint.sharded else []
         fields = {"name": base_name(name or slug(folder)), "parent": parent, "relation": relation and relation.value}
-        return self._upload("/bases", BaseInfo, fields, {item: checkpoint.files[item] for item in names}, progress)
+        files = {item: checkpoint.files[item] for item in names}
+        job = self._upload("/bases?background=true", JobInfo, fields, files, progress)
+        return self._wait(job, BaseInfo, progress)[1]
 
     def list_bases(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[BaseInfo]:
         """Registered bases by name."""
@@ -109,6 +112,11 @@ class RemoteRegistry:
     def get_base(self, ref: str) -> BaseInfo:
         """One base by name or fingerprint."""
         return self._get(_base(ref), BaseInfo)
+
+    def verify_base(self, ref: str, *, progress: Progress | None = None) -> BaseCheck:
+        """A job on the service."""
+        job = self._read(self._send("POST", f"{_base(ref)}/verifications"), JobInfo)
+        return self._wait(job, BaseCheck, progress)[1]
 
     def publish(
         self,
@@ -217,7 +225,7 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._run(refuse_paths(recipe), progress)
+            job, result = self._wait(self.submit(recipe), CompositionInfo, progress)
             files = _outputs(result)
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
@@ -231,6 +239,29 @@ class RemoteRegistry:
             sink.commit()
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
+
+    def submit(self, recipe: Recipe) -> JobInfo:
+        """Queue a compose."""
+        body = refuse_paths(recipe).model_dump(mode="json")
+        return self._read(self._send("POST", "/compositions", json=body), JobInfo)
+
+    def list_jobs(
+        self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[JobInfo]:
+        """Jobs, newest first."""
+        return self._get("/jobs", Page[JobInfo], state=state and state.value, limit=limit, cursor=cursor)
+
+    def get_job(self, job_id: str) -> JobInfo:
+        """One job."""
+        return self._get(f"/jobs/{_segment(job_id)}", JobInfo)
+
+    def cancel_job(self, job_id: str) -> JobInfo:
+        """Stop a job that waits or runs."""
+        return self._read(self._send("DELETE", f"/jobs/{_segment(job_id)}"), JobInfo)
+
+    def retry_job(self, job_id: str) -> JobInfo:
+        """Queue a failed or cancelled job again."""
+        return self._read(self._send("POST", f"/jobs/{_segment(job_id)}/retry"), JobInfo)
 
     def extract(
         self,
@@ -297,8 +328,8 @@ class RemoteRegistry:
             raise self._odd_reply(error) from error
         return (DoctorCheck(name="service", ok=True, detail=self.url), *checks)
 
-    def _run(self, recipe: Recipe, progress: Progress | None) -> tuple[JobInfo, CompositionInfo]:
-        job = self._read(self._send("POST", "/compositions", json=recipe.model_dump(mode="json")), JobInfo)
+    def _wait(self, job: JobInfo, model: type[M], progress: Progress | None) -> tuple[JobInfo, M]:
+        """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""
         path, wait = f"/jobs/{_segment(job.id)}", FIRST_POLL_S
         try:
             while job.state in (JobState.QUEUED, JobState.RUNNING):
@@ -311,7 +342,7 @@ class RemoteRegistry:
             with suppress(TypedError):
                 self._send("DELETE", path, timeout=httpx.Timeout(5.0))
             raise
-        if job.result is not None:
+        if isinstance(job.result, model):
             return job, job.result
         if job.error:
             raise read_error(httpx.Response(500, json={"error": job.error}), self.url)

@@ -8,6 +8,9 @@ NotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
 └── NameTakenError             another base holds that name
+PolicyError
+├── QueueFullError             too many jobs wait
+└── DiskLimitError             a composition would take more of the disk than is allowed
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
 └── BlobCorruptError           a stored file no longer has its digest
@@ -15,15 +18,17 @@ IntegrityError
 
 from __future__ import annotations
 
-from composer.errors import ConflictError, IntegrityError, NotFoundError
+from composer.errors import ConflictError, IntegrityError, NotFoundError, PolicyError
 
 __all__ = [
     "AdapterNotFoundError",
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "DiskLimitError",
     "JobNotFoundError",
     "NameTakenError",
+    "QueueFullError",
     "VersionNotFoundError",
     "VersionTakenError",
 ]
@@ -63,6 +68,18 @@ class NameTakenError(ConflictError):
     """Another base holds that name."""
 
     code = "name-taken"
+
+
+class QueueFullError(PolicyError):
+    """Too many jobs wait."""
+
+    code = "queue-full"
+
+
+class DiskLimitError(PolicyError):
+    """A composition would take more of the disk than is allowed."""
+
+    code = "disk-limit"
 
 
 class BaseChangedError(IntegrityError):

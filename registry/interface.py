@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from composer.recipe import Recipe
 from registry.schemas import (
+    BaseCheck,
     BaseFit,
     BaseInfo,
     CompatibleAdapter,
@@ -18,6 +19,8 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    JobInfo,
+    JobState,
     Level,
     Page,
     PlanInfo,
@@ -55,6 +58,10 @@ class Registry(Protocol):
 
     def get_base(self, ref: str) -> BaseInfo:
         """One base by name or fingerprint (``wf1:…``)."""
+        ...
+
+    def verify_base(self, ref: str, *, progress: Progress | None = None) -> BaseCheck:
+        """Hash every tensor of a registered base again."""
         ...
 
     def publish(
@@ -128,6 +135,28 @@ class Registry(Protocol):
         self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
     ) -> CompositionInfo:
         """Compose into the new folder `out`."""
+        ...
+
+    def submit(self, recipe: Recipe) -> JobInfo:
+        """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
+        ...
+
+    def list_jobs(
+        self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[JobInfo]:
+        """Jobs, newest first."""
+        ...
+
+    def get_job(self, job_id: str) -> JobInfo:
+        """One job."""
+        ...
+
+    def cancel_job(self, job_id: str) -> JobInfo:
+        """Stop a job that waits or runs."""
+        ...
+
+    def retry_job(self, job_id: str) -> JobInfo:
+        """Queue a failed or cancelled job again."""
         ...
 
     def extract(

@@ -3,7 +3,7 @@
     base_models ── base_files, base_tensors (leaves), parent (lineage)
     adapters ── adapter_versions ── version_files, version_targets (signature)
              └─ aliases ──┘
-    jobs            one a compose on the service
+    jobs            what runs in the background: one a compose, a base to fingerprint …
     compositions    one a finished recipe over known inputs: cache key and proof
 
 Times are UTC. Digests are lower-case hex, with their scheme where a user sees them.
@@ -27,6 +27,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -242,23 +243,40 @@ class AliasRow(Model):
 
 
 class JobRow(Model):
-    """A compose that runs on the service."""
+    """One long piece of work. A running job has a worker and a lease; a worker that is late with it loses the job."""
 
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state"),
+        CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="lease"),
+        CheckConstraint("(worker IS NULL) = (lease_until IS NULL)", name="worker"),
         Index("ix_jobs_state_created", "state", "created_at"),
-    )
+        Index("ix_jobs_key", "key", "created_at"),
+        Index(
+            "uq_jobs_active_key", "key", unique=True,
+            sqlite_where=text("state IN ('queued', 'running')"),
+            postgresql_where=text("state IN ('queued', 'running')"),
+        ),
+    )  # fmt: skip
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(30))
+    title: Mapped[str] = mapped_column(Text)
+    key: Mapped[str | None] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(20), default="queued")
-    recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
     step: Mapped[str] = mapped_column(String(200), default="")
     bytes_done: Mapped[int] = mapped_column(BigInteger, default=0)
     bytes_total: Mapped[int] = mapped_column(BigInteger, default=0)
+    nbytes: Mapped[int] = mapped_column(BigInteger, default=0)  # on the service's disk: planned, then written
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    worker: Mapped[str | None] = mapped_column(String(200))
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    cancelling: Mapped[bool] = mapped_column(default=False)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 

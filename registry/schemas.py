@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from composer.recipe import Recipe
 
 __all__ = [
+    "BaseCheck",
     "BaseFit",
     "BaseInfo",
     "BaseStatus",
@@ -241,19 +242,32 @@ class DeltaInfo(Schema):
     tensors: int = Field(description="how many tensors differ from the base's")
 
 
+class BaseCheck(Schema):
+    """A registered base whose every tensor was hashed again."""
+
+    name: str
+    fingerprint: str
+    found: str = Field(description="the fingerprint of what lies there now")
+    intact: bool
+    changed: tuple[str, ...] = Field(default=(), description="tensors that are not what was registered")
+
+
 class JobInfo(Schema):
-    """A compose that runs on the service."""
+    """A piece of work that runs in the background."""
 
     id: str
+    kind: str = Field(description="compose, base (fingerprint and register) or verify")
+    title: str = Field(description="the recipe, or the base's name")
     state: JobState
-    recipe: Recipe
-    recipe_text: str
+    recipe: Recipe | None = None
     step: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
+    attempts: int = 0
     error: dict[str, Any] | None = None
-    result: CompositionInfo | None = None
+    result: CompositionInfo | BaseInfo | BaseCheck | PublishResult | None = None
     created_at: datetime
+    started_at: datetime | None = None
     finished_at: datetime | None = None
 
 

@@ -6,7 +6,9 @@ POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
 POST          /api/v1/plans   /compositions
-GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/files   /jobs/{id}/files/{filename}
+POST          /api/v1/bases/{name}/verifications
+GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/events   /jobs/{id}/files/{filename}
+POST          /api/v1/jobs/{id}/retry
 GET           /api/v1/doctor
 """
 
@@ -58,6 +60,7 @@ def create_app(
         try:
             yield
         finally:
+            app.state.closing.set()
             app.state.left_behind = not await run_in_threadpool(_stop, jobs)
 
     app = FastAPI(
@@ -74,6 +77,7 @@ def create_app(
     app.state.jobs = jobs
     app.state.max_upload_bytes = max_upload_bytes
     app.state.left_behind = False
+    app.state.closing = threading.Event()
     app.add_middleware(SameOrigin, hosts=hosts)
     add_handlers(app)
     for module in (bases, adapters, compositions, job_routes, health):

@@ -1,7 +1,7 @@
 """Every failure as ``{"error": {code, category, message, expected, found, remedy, fields}}``, and its status.
 
 usage 400   policy 403   not-found 404   conflict 409   incompatible 422   integrity 422   internal 500
-upload-too-large 413     storage 507     method-not-allowed 405
+upload-too-large 413     queue-full 429     storage, disk-limit 507     method-not-allowed 405
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATUS_OF_CATEGORY = {
     "integrity": 422,
     "internal": 500,
 }
-STATUS_OF_CODE = {"upload-too-large": 413, "storage": 507}
+STATUS_OF_CODE = {"upload-too-large": 413, "queue-full": 429, "storage": 507, "disk-limit": 507}
 CATEGORY_OF_STATUS = {403: "policy", 404: "not-found", 409: "conflict"}
 CODE_OF_STATUS = {400: "bad-request", 404: "not-found", 405: "method-not-allowed"}
 

@@ -3,6 +3,6 @@
 catalogue      names, versions, aliases, bases: reading and pointing
 publishing     folders into blobs and rows
 compositions   recipes into plans and artefacts
-jobs           compositions on the service, in the background
+jobs           the queue of what runs in the background; worker runs it; job_kinds: what a job can be
 local          all of them behind registry.interface.Registry
 """

@@ -39,7 +39,7 @@ from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
-__all__ = ["Compositions", "Resolved"]
+__all__ = ["Compositions", "Prepared", "Resolved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,15 @@ class Resolved:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A composition that may begin: its plan, the key of its inputs, and the versions that its adapters mean now."""
+
+    plan: PlanInfo
+    key: str
+    pins: tuple[str | None, ...]
+
+
 class Compositions:
     """Plans and composes."""
 
@@ -134,8 +143,17 @@ class Compositions:
 
     def plan(self, recipe: Recipe) -> PlanInfo:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
+        return self._describe(self.resolve(recipe))
+
+    def prepare(self, recipe: Recipe) -> Prepared:
+        """The plan of a composition that is to run later. Raises what compose would."""
         resolved = self.resolve(recipe)
-        plan = self._plan(resolved)
+        for item in resolved.adapters:
+            _require(recipe.allow, item, recipe.base)
+        return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
+
+    def _describe(self, resolved: Resolved) -> PlanInfo:
+        recipe, plan = resolved.recipe, self._plan(resolved)
         check_export(plan)
         in_place = find_plan_exporter(recipe.export)
         per_term = [
@@ -172,10 +190,17 @@ class Compositions:
             files={**files, **companions},
         )
 
-    def compose(self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None) -> CompositionInfo:
+    def compose(
+        self,
+        recipe: Recipe,
+        out: Path,
+        replace: bool,
+        progress: Progress | None,
+        pins: tuple[str | None, ...] | None = None,
+    ) -> CompositionInfo:
         """Compose into `out`, or say that the very same result lies there."""
         out = out.expanduser().resolve()
-        resolved = self.resolve(recipe, progress)
+        resolved = self.resolve(recipe, progress, pins)
         plan = self._plan(resolved)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
@@ -193,10 +218,16 @@ class Compositions:
         resolved = self._adapter(AdapterTerm(ref=ref, version=version), self.open_base(base, None), None)
         return resolved.verdict
 
-    def resolve(self, recipe: Recipe, progress: Progress | None = None) -> Resolved:
-        """Open every reference of a recipe."""
+    def resolve(
+        self, recipe: Recipe, progress: Progress | None = None, pins: tuple[str | None, ...] | None = None
+    ) -> Resolved:
+        """Open every reference of a recipe; a pin takes the place of what a term's version means by now."""
         base = self.open_base(recipe.base, progress)
-        return Resolved(recipe, base, tuple(self._adapter(term, base, progress) for term in recipe.adapters))
+        adapters = tuple(
+            self._adapter(term, base, progress, pin)
+            for term, pin in zip(recipe.adapters, pins or [None] * len(recipe.adapters), strict=True)
+        )
+        return Resolved(recipe, base, adapters)
 
     def open_base(self, ref: str, progress: Progress | None) -> ResolvedBase:
         """A registered base, whose files must be what was fingerprinted, or a folder, which is fingerprinted now."""
@@ -225,7 +256,9 @@ class Compositions:
         files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
         return row if all(_same_stat(folder / file.name, file) for file in files) else None
 
-    def _adapter(self, term: AdapterTerm, base: ResolvedBase, progress: Progress | None) -> ResolvedAdapter:
+    def _adapter(
+        self, term: AdapterTerm, base: ResolvedBase, progress: Progress | None, pin: str | None = None
+    ) -> ResolvedAdapter:
         if is_path(term.ref):
             folder = Path(term.ref).expanduser().resolve()
             adapter = open_adapter(folder)
@@ -237,7 +270,7 @@ class Compositions:
             verdict = assess(adapter.signature.targets, claim, base.facts)
             return ResolvedAdapter(term, term.ref, None, digest, adapter, verdict)
         with session_scope(self._engine) as session:
-            row = find_version(session, term.ref, term.version)
+            row = find_version(session, term.ref, pin or term.version)
             files = {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
             verdict = version_verdict(session, row, base.facts)
             label = f"{row.adapter.full_name}@{row.version}"

@@ -14,6 +14,7 @@ from composer.sinks import storage_errors
 from registry.db import create_database_engine, migrate
 from registry.interface import DEFAULT_PAGE, Progress
 from registry.schemas import (
+    BaseCheck,
     BaseFit,
     BaseInfo,
     CompatibleAdapter,
@@ -21,6 +22,8 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    JobInfo,
+    JobState,
     Level,
     Page,
     PlanInfo,
@@ -30,10 +33,11 @@ from registry.schemas import (
     VersionInfo,
 )
 from registry.services.catalogue import Catalogue
-from registry.services.compositions import Compositions
+from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.inspection import Inspection
+from registry.services.jobs import JobService
 from registry.services.publishing import Publishing
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
@@ -63,6 +67,7 @@ class LocalRegistry:
         self._compositions = Compositions(self.engine, self.store, layout)
         self._conversions = Conversions(self.engine, self.store, self._compositions)
         self._inspection = Inspection(self.engine, self.store)
+        self._jobs = JobService(self, slots=0)
 
     @property
     def home(self) -> Path:
@@ -89,6 +94,9 @@ class LocalRegistry:
 
     def get_base(self, ref: str) -> BaseInfo:
         return self._catalogue.get_base(ref)
+
+    def verify_base(self, ref: str, *, progress: Progress | None = None) -> BaseCheck:
+        return self._publishing.verify_base(ref, progress)
 
     def publish(
         self,
@@ -155,10 +163,38 @@ class LocalRegistry:
     def plan(self, recipe: Recipe) -> PlanInfo:
         return self._compositions.plan(recipe)
 
+    def prepare(self, recipe: Recipe) -> Prepared:
+        """A plan that compose will follow: refused where compose would refuse, with its key and pinned versions."""
+        return self._compositions.prepare(recipe)
+
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        return self._compositions.compose(recipe, out, replace, progress)
+        """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
+        return self._compositions.compose(recipe, out, replace, progress, pins)
+
+    def submit(self, recipe: Recipe) -> JobInfo:
+        return self._jobs.submit(recipe)
+
+    def list_jobs(
+        self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[JobInfo]:
+        return self._jobs.list(limit, cursor, state)
+
+    def get_job(self, job_id: str) -> JobInfo:
+        return self._jobs.get(job_id)
+
+    def cancel_job(self, job_id: str) -> JobInfo:
+        return self._jobs.cancel(job_id)
+
+    def retry_job(self, job_id: str) -> JobInfo:
+        return self._jobs.retry(job_id)
 
     def extract(
         self,

@@ -38,7 +38,7 @@ from registry.models import (
     VersionTargetRow,
 )
 from registry.names import Version, adapter_name, base_name, slug
-from registry.schemas import BaseInfo, Level, PublishResult, Relation
+from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, version_info
 from registry.store.local import LocalStore
 
@@ -128,6 +128,24 @@ class Publishing:
             session.add(row)
             session.flush()
             return base_info(row, len(row.tensors), created=same is None)
+
+    def verify_base(self, ref: str, progress: Progress | None) -> BaseCheck:
+        """Hash every tensor of a registered base again and compare. Raises what open_checkpoint raises."""
+        with session_scope(self._engine) as session:
+            row = find_base(session, ref)
+            known = {tensor.name: tensor.digest for tensor in row.tensors}
+        checkpoint = open_checkpoint(Path(row.location))
+        found = fingerprint_checkpoint(
+            checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
+        )
+        now = {leaf.name: leaf.digest for leaf in logical_leaves(checkpoint, found)}
+        return BaseCheck(
+            name=row.name,
+            fingerprint=row.fingerprint,
+            found=found.identity,
+            intact=found.identity == row.fingerprint,
+            changed=tuple(sorted(name for name in known | now if known.get(name) != now.get(name))),
+        )
 
     def publish(
         self,

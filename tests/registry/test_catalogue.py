@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
-from registry.db import _alembic_config, create_database_engine, current_revision, head_revision
+from registry.db import _alembic_config, current_revision, head_revision
 from registry.errors import (
     AdapterNotFoundError,
     BlobCorruptError,
@@ -30,24 +28,12 @@ from registry.services.local import LocalRegistry, open_registry
 from tests.support import edit_json, write_base, write_lora
 
 ROOT = Path(__file__).resolve().parents[2]
-POSTGRES = os.environ.get("REGISTRY_TEST_POSTGRES_URL")
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.skipif(
-    not POSTGRES, reason="REGISTRY_TEST_POSTGRES_URL is not set"))])  # fmt: skip
-def registry(request: pytest.FixtureRequest, home: Path) -> Iterator[LocalRegistry]:
+@pytest.fixture
+def registry(any_registry: LocalRegistry) -> LocalRegistry:
     """An empty registry on each database."""
-    url = None
-    if request.param == "postgresql":
-        url = POSTGRES
-        engine = create_database_engine(url)
-        with engine.begin() as connection:
-            connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-            connection.execute(sa.text("CREATE SCHEMA public"))
-        engine.dispose()
-    opened = open_registry(home, url)
-    yield opened
-    opened.close()
+    return any_registry
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from composer.checkpoint import open_checkpoint
 from composer.errors import UsageError
-from registry.api.deps import DEFAULT_LIMIT, Cursor, Limit, Registered
+from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, Registered
 from registry.api.rules import refuse_path
 from registry.api.schemas import form_body
 from registry.api.uploads import Upload, receive
-from registry.schemas import BaseInfo, CompatibleAdapter, Level, Page, Relation
+from registry.schemas import BaseInfo, CompatibleAdapter, JobInfo, Level, Page, Relation
 
 router = APIRouter(tags=["bases"])
 
@@ -26,27 +27,49 @@ UPLOAD = form_body(
 
 
 @router.post("/bases", summary="Upload a base model", status_code=201, openapi_extra=UPLOAD)
-async def add_base(request: Request, response: Response, registry: Registered) -> BaseInfo:
-    """Fingerprint and register a checkpoint. 200 when the same weights are registered already."""
+async def add_base(
+    request: Request,
+    response: Response,
+    registry: Registered,
+    jobs: Jobs,
+    background: Annotated[bool, Query(description="answer at once with the job that fingerprints it")] = False,
+) -> BaseInfo | JobInfo:
+    """Fingerprint and register a checkpoint. 200 when the same weights are registered already, 202 for a job."""
     upload = await receive(request)
+    if background:
+        job = await run_in_threadpool(_queue, upload, jobs)
+        response.status_code = 202
+        response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+        return job
     base = await run_in_threadpool(_register, upload, registry)
     response.status_code = 201 if base.created else 200
     return base
 
 
+def _fields(upload: Upload) -> tuple[str | None, str | None, Relation | None]:
+    """Name, parent and relation of an upload, whose folder takes the name."""
+    upload.only("name", "parent", "relation")
+    name, parent, relation = upload.text("name"), upload.text("parent"), upload.text("relation")
+    if relation is not None and relation not in list(Relation):
+        raise UsageError(f"unknown relation {relation!r}", expected=list(Relation), found=relation)
+    upload.rename(name)
+    parent = None if parent is None else refuse_path(parent, "the parent", base=True)
+    return name, parent, None if relation is None else Relation(relation)
+
+
+def _queue(upload: Upload, jobs: Jobs) -> JobInfo:
+    with upload:
+        name, parent, relation = _fields(upload)
+        open_checkpoint(upload.folder)  # what is no checkpoint is refused at once
+        job = jobs.submit_base(upload.folder, name, parent, relation)
+        upload.keep()
+        return job
+
+
 def _register(upload: Upload, registry: Registered) -> BaseInfo:
     with upload:
-        upload.only("name", "parent", "relation")
-        name, parent, relation = upload.text("name"), upload.text("parent"), upload.text("relation")
-        if relation is not None and relation not in list(Relation):
-            raise UsageError(f"unknown relation {relation!r}", expected=list(Relation), found=relation)
-        upload.rename(name)
-        base: BaseInfo = registry.add_base(
-            upload.folder,
-            name=name,
-            parent=None if parent is None else refuse_path(parent, "the parent", base=True),
-            relation=None if relation is None else Relation(relation),
-        )
+        name, parent, relation = _fields(upload)
+        base: BaseInfo = registry.add_base(upload.folder, name=name, parent=parent, relation=relation)
         if base.created or Path(base.location) == upload.folder.resolve():
             upload.keep()  # a base is registered by reference: its files stay where they are
     return base
@@ -72,6 +95,14 @@ def compatible(
 def get_base(name: str, registry: Registered) -> BaseInfo:
     """One base by name or by fingerprint (``wf1:…``)."""
     return registry.get_base(refuse_path(name, "the base", base=True))
+
+
+@router.post("/bases/{name}/verifications", summary="Verify a base model", status_code=202)
+def verify(name: str, response: Response, jobs: Jobs) -> JobInfo:
+    """Queue a job that hashes every tensor again; Location names it."""
+    job = jobs.submit_verify(refuse_path(name, "the base", base=True))
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
 
 
 @router.get("/bases/{name}/inspect", summary="Inspect a base model")

@@ -20,7 +20,7 @@ def plan(body: RecipeRequest | Recipe, registry: Registered) -> PlanInfo:
 
 @router.post("/compositions", summary="Compose", status_code=202)
 def compose(body: RecipeRequest | Recipe, response: Response, jobs: Jobs) -> JobInfo:
-    """Start a job that composes the recipe; Location names it."""
+    """Queue a job that composes the recipe; Location names it. The very same recipe again is the same job."""
     job = jobs.submit(to_recipe(body))
     response.headers["Location"] = f"/api/v1/jobs/{job.id}"
     return job
