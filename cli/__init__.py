@@ -2,10 +2,11 @@
 
 main.py           the group, global options, failures to exit codes
 base.py           base add|list|show
-adapters.py       publish, list, show, versions, search, alias, pull
+adapters.py       publish, list, show, versions, search, alias, pull, visibility
 compatibility.py  compatible, bases, check
 compose.py        plan, compose, inspect
 jobs.py           jobs list|show|cancel|retry, worker
+access.py         token, namespace, audit
 service.py        serve, doctor
 options.py        what is common to the commands, and which registry they talk to
 output.py         human, json or quiet; views.py: each noun as text; progress.py: bytes on stderr

@@ -22,6 +22,7 @@ __all__ = ["COMMANDS"]
 @click.option("--license", help="An SPDX expression, such as Apache-2.0.")
 @click.option("--tag", "tags", multiple=True, help="A word to search for; may be repeated.")
 @click.option("--description", help="One paragraph.")
+@click.option("--private/--public", default=None, help="Whether only the namespace's members see a new adapter.")
 @common_options
 @pass_settings
 def publish(
@@ -33,6 +34,7 @@ def publish(
     license: str | None,
     tags: tuple[str, ...],
     description: str | None,
+    private: bool | None,
 ) -> None:
     """Publish the adapter in DIR as a new version.
 
@@ -47,6 +49,7 @@ def publish(
             license=license,
             tags=tags,
             description=description,
+            private=private,
             progress=progress,
         )
     info = result.version
@@ -156,6 +159,18 @@ def pull(settings: Settings, ref: str, out: Path | None) -> None:
     emit(settings, value, lambda: f"pulled {info.name}@{info.version} to {folder}\n{files}", lambda: str(folder))
 
 
+@click.command()
+@click.argument("name")
+@click.option("--private/--public", required=True, help="Only members of the namespace see it, or everybody.")
+@common_options
+@pass_settings
+def visibility(settings: Settings, name: str, private: bool) -> None:
+    """Hide the adapter NAME from all but the members of its namespace, or show it."""
+    info = settings.registry.set_private(name, private)
+    text = "private" if info.private else "public"
+    emit(settings, info, lambda: f"{info.name} is {text}", lambda: text)
+
+
 COMMANDS = {
     "publish": publish,
     "list": list_adapters,
@@ -164,4 +179,5 @@ COMMANDS = {
     "versions": versions,
     "alias": alias,
     "pull": pull,
+    "visibility": visibility,
 }

@@ -41,6 +41,7 @@ COMMANDS = {
     "search": "adapters",
     "alias": "adapters",
     "pull": "adapters",
+    "visibility": "adapters",
     "compatible": "compatibility",
     "bases": "compatibility",
     "check": "compatibility",
@@ -54,6 +55,9 @@ COMMANDS = {
     "jobs": "jobs",
     "worker": "jobs",
     "serve": "service",
+    "token": "access",
+    "namespace": "access",
+    "audit": "access",
     "doctor": "service",
 }
 

@@ -26,6 +26,8 @@ __all__ = [
     "JOB_STATES",
     "LEVELS",
     "RELATIONS",
+    "ROLES",
+    "SCOPES",
     "Settings",
     "common_options",
     "pass_settings",
@@ -41,6 +43,8 @@ ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")
 RELATIONS = ("finetune", "quantized", "merged", "resized")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+SCOPES = ("read", "publish", "compose", "admin")
+ROLES = ("reader", "publisher", "owner")
 FORMATS = ("human", "json", "quiet")
 
 
@@ -74,7 +78,7 @@ class Settings:
             if url := self.remote_url:
                 from registry.client import RemoteRegistry
 
-                self._registry = RemoteRegistry(url)
+                self._registry = RemoteRegistry(url, token=os.environ.get("REGISTRY_TOKEN") or None)
             else:
                 self._registry = self.open_local()
         opened: Registry = self._registry

@@ -7,6 +7,7 @@ from typing import Any
 
 from cli.output import block, short, size, table
 from registry.schemas import (
+    AuditEntry,
     BaseCheck,
     BaseFit,
     BaseInfo,
@@ -17,12 +18,15 @@ from registry.schemas import (
     DoctorCheck,
     FileInfo,
     JobInfo,
+    NamespaceInfo,
     PlanInfo,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
 
 __all__ = [
+    "audit_table",
     "base_block",
     "base_check_block",
     "base_table",
@@ -35,7 +39,9 @@ __all__ = [
     "inspection",
     "job_block",
     "job_table",
+    "namespace_table",
     "plan_block",
+    "token_table",
     "verdict_lines",
     "version_block",
     "version_table",
@@ -124,6 +130,40 @@ def job_block(job: JobInfo) -> str:
     )
 
 
+def token_table(tokens: Sequence[TokenInfo]) -> str:
+    """One line a token."""
+    rows = [
+        (
+            token.id,
+            token.subject,
+            ", ".join(token.scopes),
+            "all" if token.namespaces is None else ", ".join(token.namespaces),
+            "revoked" if token.revoked_at else f"{token.expires_at:%Y-%m-%d}",
+            token.last_used_at and f"{token.last_used_at:%Y-%m-%d %H:%M}",
+            token.name,
+        )
+        for token in tokens
+    ]
+    headers = ("TOKEN", "SUBJECT", "SCOPES", "NAMESPACES", "EXPIRES", "LAST USED", "NAME")
+    return table(headers, rows, "no tokens")
+
+
+def namespace_table(namespaces: Sequence[NamespaceInfo]) -> str:
+    """One line a member."""
+    rows = [(item.name, member.subject, member.role.value) for item in namespaces for member in item.members]
+    return table(("NAMESPACE", "SUBJECT", "ROLE"), rows, "no namespace has members")
+
+
+def audit_table(entries: Sequence[AuditEntry]) -> str:
+    """One line an entry."""
+    rows = [
+        (f"{entry.at:%Y-%m-%d %H:%M:%S}", entry.subject, entry.token, entry.action, entry.target,
+         ", ".join(f"{name}={value}" for name, value in entry.detail.items() if value is not None))
+        for entry in entries
+    ]  # fmt: skip
+    return table(("AT", "SUBJECT", "TOKEN", "ACTION", "TARGET", "DETAIL"), rows, "nothing was changed yet")
+
+
 def _base_of(version: VersionInfo) -> str:
     name = version.base or version.base_name or short(version.base_fingerprint)
     return name if version.base_status.value == "verified" else f"{name} ({version.base_status.value})"
@@ -166,6 +206,7 @@ def version_block(version: VersionInfo) -> str:
             ("trained on", version.base_name),
             ("license", version.license),
             ("tags", ", ".join(version.tags)),
+            ("seen by", "members of its namespace" if version.private else None),
             ("description", version.description),
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]

@@ -22,10 +22,12 @@ from composer.provenance import manifest_digest
 from composer.recipe import Recipe, is_path, split_reference
 from composer.sinks import FolderSink
 from registry import __version__
+from registry.access import Role, Scope
 from registry.api.rules import refuse_path, refuse_paths
-from registry.interface import DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, Progress
 from registry.names import adapter_name
 from registry.schemas import (
+    AuditEntry,
     BaseCheck,
     BaseFit,
     BaseInfo,
@@ -37,10 +39,13 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    NamespaceInfo,
+    NewToken,
     Page,
     PlanInfo,
     PublishResult,
     Relation,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
@@ -65,16 +70,21 @@ class JobCancelledError(TypedError):
 
 
 class RemoteRegistry:
-    """A service at `url`. `transport` takes the place of the network in tests."""
+    """A service at `url`, asked with an API token where it wants one. `transport` replaces the network in tests."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None, *, token: str | None = None) -> None:
         self.url = url.rstrip("/")
+        headers = {"User-Agent": f"adapter-registry/{__version__}", "Accept-Encoding": "identity"}
+        if token is not None:
+            if not (token.isascii() and token.isprintable() and " " not in token):
+                raise UsageError("REGISTRY_TOKEN holds something else than a token", expected="ar_…")
+            headers["Authorization"] = f"Bearer {token}"
         with connection_errors(url):
             self._http = httpx.Client(
                 base_url=f"{self.url}/api/v1",
                 transport=transport,
                 timeout=TIMEOUT,
-                headers={"User-Agent": f"adapter-registry/{__version__}", "Accept-Encoding": "identity"},
+                headers=headers,
                 trust_env=httpx.URL(url).host not in LOOPBACK,  # no proxy reaches our own machine
             )
 
@@ -128,6 +138,7 @@ class RemoteRegistry:
         license: str | None = None,
         tags: tuple[str, ...] = (),
         description: str | None = None,
+        private: bool | None = None,
         progress: Progress | None = None,
     ) -> PublishResult:
         """Upload an adapter; its base, where that is a folder of this machine, is fingerprinted here."""
@@ -143,7 +154,8 @@ class RemoteRegistry:
             card = read_card(adapter.files.get("README.md"))
             base = claim_from_folder(adapter, card, read_paths=True, progress=progress).fingerprint
         fields = {"name": "/".join(adapter_name(name)), "version": version, "base": base, "license": license,
-                  "tags": tags, "description": description}  # fmt: skip
+                  "tags": tags, "description": description,
+                  "private": None if private is None else str(private).lower()}  # fmt: skip
         return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
 
     def list_adapters(
@@ -306,6 +318,57 @@ class RemoteRegistry:
                 "base": {"fingerprint": info.base_fingerprint},
             }
             return resize_folder(Path(folder) / "adapter", out, rank, energy, known)
+
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        """Hide or show an adapter."""
+        body = {"private": private}
+        return self._read(self._send("PUT", f"{_adapter(name)[0]}/visibility", json=body), VersionInfo)
+
+    def create_token(
+        self,
+        name: str,
+        *,
+        subject: str,
+        scopes: tuple[Scope, ...],
+        namespaces: tuple[str, ...] | None = None,
+        days: int = DEFAULT_DAYS,
+    ) -> NewToken:
+        """A new token."""
+        body = {"name": name, "subject": subject, "scopes": scopes, "namespaces": namespaces, "days": days}
+        return self._read(self._send("POST", "/tokens", json=body), NewToken)
+
+    def list_tokens(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[TokenInfo]:
+        """All tokens."""
+        return self._get("/tokens", Page[TokenInfo], limit=limit, cursor=cursor)
+
+    def revoke_token(self, token_id: str) -> TokenInfo:
+        """End a token."""
+        return self._read(self._send("DELETE", f"/tokens/{_segment(token_id)}"), TokenInfo)
+
+    def list_namespaces(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[NamespaceInfo]:
+        """Namespaces with members."""
+        return self._get("/namespaces", Page[NamespaceInfo], limit=limit, cursor=cursor)
+
+    def grant(self, namespace: str, subject: str, role: Role) -> NamespaceInfo:
+        """Make a subject a member."""
+        path = f"/namespaces/{_segment(namespace)}/members/{_segment(subject)}"
+        return self._read(self._send("PUT", path, json={"role": role.value}), NamespaceInfo)
+
+    def revoke(self, namespace: str, subject: str) -> NamespaceInfo:
+        """Take a subject out of a namespace."""
+        path = f"/namespaces/{_segment(namespace)}/members/{_segment(subject)}"
+        return self._read(self._send("DELETE", path), NamespaceInfo)
+
+    def audit(
+        self,
+        *,
+        subject: str | None = None,
+        target: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[AuditEntry]:
+        """Who changed what."""
+        return self._get("/audit", Page[AuditEntry], subject=subject, target=target, limit=limit, cursor=cursor)
 
     def inspect(self, ref: str) -> dict[str, Any]:
         """A folder is inspected here; a name on the service, where bases come first."""

@@ -9,6 +9,9 @@ ConflictError
 ├── VersionTakenError          other bytes hold that version
 └── NameTakenError             another base holds that name
 PolicyError
+├── AuthenticationError        no token, or one that is not valid
+├── ForbiddenError             a token that is not good for this
+├── RateLimitError             too many requests
 ├── QueueFullError             too many jobs wait
 └── DiskLimitError             a composition would take more of the disk than is allowed
 IntegrityError
@@ -22,13 +25,16 @@ from composer.errors import ConflictError, IntegrityError, NotFoundError, Policy
 
 __all__ = [
     "AdapterNotFoundError",
+    "AuthenticationError",
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
     "DiskLimitError",
+    "ForbiddenError",
     "JobNotFoundError",
     "NameTakenError",
     "QueueFullError",
+    "RateLimitError",
     "VersionNotFoundError",
     "VersionTakenError",
 ]
@@ -68,6 +74,24 @@ class NameTakenError(ConflictError):
     """Another base holds that name."""
 
     code = "name-taken"
+
+
+class AuthenticationError(PolicyError):
+    """No token, or one that is unknown, expired or revoked."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(PolicyError):
+    """The token is valid, but not good for this."""
+
+    code = "forbidden"
+
+
+class RateLimitError(PolicyError):
+    """Too many requests in a short time."""
+
+    code = "rate-limited"
 
 
 class QueueFullError(PolicyError):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from composer.recipe import Recipe
+from registry.access import Role, Scope
 from registry.schemas import (
+    AuditEntry,
     BaseCheck,
     BaseFit,
     BaseInfo,
@@ -22,17 +24,21 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    NamespaceInfo,
+    NewToken,
     Page,
     PlanInfo,
     PublishResult,
     Relation,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
 
-__all__ = ["DEFAULT_PAGE", "Progress", "Registry"]
+__all__ = ["DEFAULT_DAYS", "DEFAULT_PAGE", "Progress", "Registry"]
 
 DEFAULT_PAGE = 100
+DEFAULT_DAYS = 90
 Progress = Callable[[str, int, int], None]
 """Called with (step, bytes done, bytes in all; 0 where unknown)."""
 
@@ -74,9 +80,13 @@ class Registry(Protocol):
         license: str | None = None,
         tags: tuple[str, ...] = (),
         description: str | None = None,
+        private: bool | None = None,
         progress: Progress | None = None,
     ) -> PublishResult:
-        """Publish an adapter folder. `base`: a registered name, a fingerprint, or (locally) a checkpoint folder."""
+        """Publish an adapter folder. `base`: a registered name, a fingerprint, or (locally) a checkpoint folder.
+
+        private: whether a new adapter is seen by the members of its namespace only.
+        """
         ...
 
     def list_adapters(
@@ -186,6 +196,53 @@ class Registry(Protocol):
 
     def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
         """Write the new folder `out`: the checkpoint that such an adapter (name or folder) was made of, every byte."""
+        ...
+
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        """Hide an adapter from all but the members of its namespace, or show it to everybody."""
+        ...
+
+    def create_token(
+        self,
+        name: str,
+        *,
+        subject: str,
+        scopes: tuple[Scope, ...],
+        namespaces: tuple[str, ...] | None = None,
+        days: int = DEFAULT_DAYS,
+    ) -> NewToken:
+        """A new API token; its secret is shown this once. `namespaces`: the only ones it is good for."""
+        ...
+
+    def list_tokens(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[TokenInfo]:
+        """All tokens, without their secrets."""
+        ...
+
+    def revoke_token(self, token_id: str) -> TokenInfo:
+        """End a token."""
+        ...
+
+    def list_namespaces(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[NamespaceInfo]:
+        """Namespaces that have members, of which the caller is one or an admin."""
+        ...
+
+    def grant(self, namespace: str, subject: str, role: Role) -> NamespaceInfo:
+        """Make a subject a member of a namespace, or change its role."""
+        ...
+
+    def revoke(self, namespace: str, subject: str) -> NamespaceInfo:
+        """Take a subject out of a namespace."""
+        ...
+
+    def audit(
+        self,
+        *,
+        subject: str | None = None,
+        target: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[AuditEntry]:
+        """Who changed what, newest first."""
         ...
 
     def inspect(self, ref: str) -> dict[str, Any]:

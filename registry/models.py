@@ -4,6 +4,7 @@
     adapters ── adapter_versions ── version_files, version_targets (signature)
              └─ aliases ──┘
     jobs            what runs in the background: one a compose, a base to fingerprint …
+    tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
     compositions    one a finished recipe over known inputs: cache key and proof
 
 Times are UTC. Digests are lower-case hex, with their scheme where a user sees them.
@@ -34,12 +35,15 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 __all__ = [
     "AdapterRow",
     "AliasRow",
+    "AuditRow",
     "BaseFileRow",
     "BaseModelRow",
     "BaseTensorRow",
     "CompositionRow",
     "JobRow",
+    "MemberRow",
     "Model",
+    "TokenRow",
     "VersionFileRow",
     "VersionRow",
     "VersionTargetRow",
@@ -149,11 +153,15 @@ class AdapterRow(Model):
     """A name that versions live under."""
 
     __tablename__ = "adapters"
-    __table_args__ = (UniqueConstraint("namespace", "name"),)
+    __table_args__ = (
+        UniqueConstraint("namespace", "name"),
+        Index("ix_adapters_private", "namespace", sqlite_where=text("private"), postgresql_where=text("private")),
+    )
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     namespace: Mapped[str] = mapped_column(String(100))
     name: Mapped[str] = mapped_column(String(100))
+    private: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     versions: Mapped[list[VersionRow]] = relationship(back_populates="adapter", cascade="all, delete-orphan")
@@ -262,6 +270,7 @@ class JobRow(Model):
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     kind: Mapped[str] = mapped_column(String(30))
     title: Mapped[str] = mapped_column(Text)
+    owner: Mapped[str] = mapped_column(String(200))
     key: Mapped[str | None] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(20), default="queued")
     request: Mapped[dict[str, Any]] = mapped_column(JSON)
@@ -278,6 +287,54 @@ class JobRow(Model):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class TokenRow(Model):
+    """An API token: what it is good for, and the sha256 of its secret."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (CheckConstraint("length(digest) = 64", name="digest"),)
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    subject: Mapped[str] = mapped_column(String(200), index=True)
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    namespaces: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class MemberRow(Model):
+    """What a subject is in a namespace."""
+
+    __tablename__ = "members"
+    __table_args__ = (
+        CheckConstraint("role IN ('reader', 'publisher', 'owner')", name="role"),
+        Index("ix_members_subject", "subject", "namespace"),
+    )
+
+    namespace: Mapped[str] = mapped_column(String(100), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(200), primary_key=True)
+    role: Mapped[str] = mapped_column(String(20))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class AuditRow(Model):
+    """Who changed what; written with the change, never altered."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_subject", "subject", "id"), Index("ix_audit_log_target", "target", "id"))
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    subject: Mapped[str] = mapped_column(String(200))
+    token: Mapped[str | None] = mapped_column(String(12))
+    action: Mapped[str] = mapped_column(String(50))
+    target: Mapped[str] = mapped_column(String(500))
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class CompositionRow(Model):

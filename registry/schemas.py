@@ -12,8 +12,10 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.recipe import Recipe
+from registry.access import Role, Scope
 
 __all__ = [
+    "AuditEntry",
     "BaseCheck",
     "BaseFit",
     "BaseInfo",
@@ -25,12 +27,16 @@ __all__ = [
     "JobInfo",
     "JobState",
     "Level",
+    "Member",
+    "NamespaceInfo",
+    "NewToken",
     "Page",
     "PlanInfo",
     "PlannedAdapter",
     "PublishResult",
     "Reason",
     "Relation",
+    "TokenInfo",
     "Verdict",
     "VersionInfo",
 ]
@@ -146,6 +152,7 @@ class VersionInfo(Schema):
     license: str | None = None
     tags: tuple[str, ...] = ()
     description: str = ""
+    private: bool = Field(default=False, description="whether only members of the namespace see it")
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
     created_at: datetime
@@ -261,6 +268,7 @@ class JobInfo(Schema):
     state: JobState
     recipe: Recipe | None = None
     step: str = ""
+    owner: str = Field(description="who submitted it first")
     bytes_done: int = 0
     bytes_total: int = 0
     attempts: int = 0
@@ -269,6 +277,53 @@ class JobInfo(Schema):
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+
+class TokenInfo(Schema):
+    """An API token, without its secret."""
+
+    id: str
+    name: str
+    subject: str
+    scopes: tuple[Scope, ...]
+    namespaces: tuple[str, ...] | None = Field(description="the only ones it is good for; null: no limit")
+    created_at: datetime
+    expires_at: datetime
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = Field(default=None, description="to the minute")
+
+
+class NewToken(Schema):
+    """A token that was just made: the only time that its secret is shown."""
+
+    token: str
+    info: TokenInfo
+
+
+class Member(Schema):
+    """What a subject is in a namespace."""
+
+    subject: str
+    role: Role
+
+
+class NamespaceInfo(Schema):
+    """A namespace and its members."""
+
+    name: str
+    members: tuple[Member, ...]
+
+
+class AuditEntry(Schema):
+    """One line of the audit log."""
+
+    id: int
+    at: datetime
+    subject: str
+    token: str | None
+    action: str
+    target: str
+    detail: dict[str, Any] = Field(default_factory=dict)
 
 
 class DoctorCheck(Schema):

@@ -7,10 +7,23 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.recipe import Allow, Dtype, Export, Recipe, Value, parse_recipe
+from registry.access import Role, Scope
 from registry.api.rules import refuse_paths
+from registry.interface import DEFAULT_DAYS
 from registry.schemas import DoctorCheck
 
-__all__ = ["AliasRequest", "DoctorReport", "Health", "RecipeRequest", "form_body", "to_recipe"]
+__all__ = [
+    "AliasRequest",
+    "DoctorReport",
+    "Health",
+    "MemberRequest",
+    "RecipeRequest",
+    "TokenRequest",
+    "VisibilityRequest",
+    "Whoami",
+    "form_body",
+    "to_recipe",
+]
 
 
 class _Request(BaseModel):
@@ -21,6 +34,37 @@ class AliasRequest(_Request):
     """The version that an alias is to name."""
 
     version: str = Field(min_length=1, description="a semantic version, another alias or sha256:…")
+
+
+class VisibilityRequest(_Request):
+    """Who sees an adapter."""
+
+    private: bool
+
+
+class MemberRequest(_Request):
+    """What a subject is to be in a namespace."""
+
+    role: Role
+
+
+class TokenRequest(_Request):
+    """A token that is to be made."""
+
+    name: str = Field(min_length=1, max_length=100, examples=["ci of team"])
+    subject: str = Field(min_length=1, max_length=200, examples=["alice"], description="whom it stands for")
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+    namespaces: tuple[str, ...] | None = Field(default=None, description="the only ones it is good for; null: no limit")
+    days: int = Field(default=DEFAULT_DAYS, ge=1, le=3650)
+
+
+class Whoami(BaseModel):
+    """Who asks, as the service sees it."""
+
+    subject: str
+    scopes: tuple[Scope, ...]
+    namespaces: tuple[str, ...] | None
+    token: str | None
 
 
 class RecipeRequest(_Request):

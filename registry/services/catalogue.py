@@ -8,6 +8,7 @@ from sqlalchemy import Engine, and_, func, select, tuple_
 from sqlalchemy.orm import Session, selectinload
 
 from composer.adapters import Target
+from registry.access import Role
 from registry.compat import BaseClaim, BaseFacts, assess, better_or_equal
 from registry.db import session_scope
 from registry.errors import AdapterNotFoundError, BaseNotFoundError, VersionNotFoundError
@@ -25,6 +26,8 @@ from registry.schemas import (
     Verdict,
     VersionInfo,
 )
+from registry.services.audit import record
+from registry.services.namespaces import require_role
 
 __all__ = ["Catalogue", "base_facts", "base_info", "find_base", "find_version", "version_info", "version_verdict"]
 
@@ -84,6 +87,7 @@ def version_info(session: Session, row: VersionRow) -> VersionInfo:
         license=row.license,
         tags=tuple(row.tags),
         description=row.description,
+        private=row.adapter.private,
         aliases=("latest", *aliases) if latest == row.id else tuple(aliases),
         files=tuple(FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files),
         created_at=row.created_at,
@@ -310,7 +314,9 @@ class Catalogue:
         alias_name(alias)
         with session_scope(self._engine, writes=True) as session:
             row = find_version(session, ref, version)
+            require_role(session, row.adapter.namespace, Role.PUBLISHER)
             pointer = session.get(AliasRow, (row.adapter_id, alias))
+            record(session, "alias.set", f"{row.adapter.full_name}@{alias}", version=row.version)
             if pointer is None:
                 session.add(AliasRow(adapter_id=row.adapter_id, alias=alias, version_id=row.id))
             else:
@@ -323,6 +329,7 @@ class Catalogue:
         alias_name(alias)
         with session_scope(self._engine, writes=True) as session:
             row = find_version(session, name, None)
+            require_role(session, row.adapter.namespace, Role.PUBLISHER)
             pointer = session.get(AliasRow, (row.adapter_id, alias))
             if pointer is None:
                 raise VersionNotFoundError(
@@ -332,6 +339,18 @@ class Catalogue:
                     remedy=f"see 'registry versions {row.adapter.full_name}'",
                 )
             session.delete(pointer)
+            record(session, "alias.delete", f"{row.adapter.full_name}@{alias}")
+
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        """Hide an adapter from all but the members of its namespace, or show it to everybody."""
+        with session_scope(self._engine, writes=True) as session:
+            row = find_version(session, name, None)
+            require_role(session, row.adapter.namespace, Role.OWNER)
+            if row.adapter.private != private:
+                row.adapter.private = private
+                record(session, "visibility", row.adapter.full_name, private=private)
+                session.flush()
+            return version_info(session, row)
 
     def compatible(self, base: str, level: Level) -> tuple[CompatibleAdapter, ...]:
         """Latest versions that fit a base, best first, then by name."""

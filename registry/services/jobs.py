@@ -9,6 +9,7 @@ One key, one job: a compose whose recipe and inputs are those of a job that wait
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -22,10 +23,11 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 from sqlalchemy.orm import Session
 
-from composer.errors import ConflictError
+from composer.errors import ConflictError, NotFoundError
 from composer.recipe import Recipe
+from registry.access import LOCAL, Principal, Scope
 from registry.db import session_scope
-from registry.errors import DiskLimitError, JobNotFoundError, QueueFullError
+from registry.errors import DiskLimitError, ForbiddenError, JobNotFoundError, QueueFullError
 from registry.models import JobRow, now
 from registry.schemas import CompositionInfo, JobInfo, JobState, Page, Relation
 
@@ -59,6 +61,17 @@ class JobService:
         self._slots = slots
         self.wake = threading.Event()
         self._worker: Any = None
+        self._principal = LOCAL
+
+    def acting_as(self, principal: Principal) -> JobService:
+        """The same queue as `principal` may see and change it."""
+        return self.over(self._registry.acting_as(principal), principal)
+
+    def over(self, registry: LocalRegistry, principal: Principal) -> JobService:
+        """The same queue over the registry as `principal` sees it."""
+        other = copy.copy(self)
+        other._registry, other._principal = registry, principal
+        return other
 
     def submit(self, recipe: Recipe) -> JobInfo:
         """Queue a compose, or name the job that does or did the very same.
@@ -72,6 +85,7 @@ class JobService:
 
     def submit_base(self, folder: Path, name: str | None, parent: str | None, relation: Relation | None) -> JobInfo:
         """Queue the fingerprinting and registration of a checkpoint folder."""
+        self._principal.require_everywhere(Scope.PUBLISH)
         request = {"folder": str(folder.expanduser().resolve()), "name": name, "parent": parent,
                    "relation": relation and relation.value}  # fmt: skip
         key = hashlib.sha256(json.dumps(["base", request], sort_keys=True).encode()).hexdigest()
@@ -97,7 +111,7 @@ class JobService:
                     self._check_limits(session, nbytes)
                     row = JobRow(
                         id=uuid.uuid4().hex, kind=kind, title=title, key=key, state=JobState.QUEUED.value,
-                        request=request, bytes_total=nbytes, nbytes=nbytes,
+                        request=request, bytes_total=nbytes, nbytes=nbytes, owner=self._principal.subject,
                     )  # fmt: skip
                     session.add(row)
                     session.flush()
@@ -153,7 +167,7 @@ class JobService:
     def get(self, job_id: str) -> JobInfo:
         """One job. Raises JobNotFoundError."""
         with session_scope(self._engine) as session:
-            return job_info(_find(session, job_id))
+            return job_info(self._find(session, job_id))
 
     def list(self, limit: int, cursor: str | None, state: JobState | None = None) -> Page[JobInfo]:
         """Jobs, newest first; the cursor is the id of the last one seen."""
@@ -161,9 +175,11 @@ class JobService:
         query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit + 1)
         if state is not None:
             query = query.where(JobRow.state == state.value)
+        if not self._principal.is_admin:
+            query = query.where(JobRow.owner == self._principal.subject)
         with session_scope(self._engine) as session:
             if cursor:
-                last = _find(session, cursor)
+                last = self._find(session, cursor)
                 query = query.where(tuple_(JobRow.created_at, JobRow.id) < tuple_(last.created_at, last.id))
             rows = list(session.scalars(query))
             items = tuple(job_info(row) for row in rows[:limit])
@@ -172,7 +188,7 @@ class JobService:
     def cancel(self, job_id: str) -> JobInfo:
         """Cancel a queued job at once, a running one when its worker next looks; a finished one is a ConflictError."""
         with session_scope(self._engine, writes=True) as session:
-            row = _find(session, job_id, lock=True)
+            row = self._find(session, job_id, change=True)
             if row.state == JobState.QUEUED:
                 row.state, row.finished_at, row.step = JobState.CANCELLED.value, now(), ""
             elif row.state == JobState.RUNNING:
@@ -191,7 +207,7 @@ class JobService:
         """Queue a failed or cancelled job again. Raises ConflictError for others, and where its key is at work."""
         try:
             with session_scope(self._engine, writes=True) as session:
-                row = _find(session, job_id, lock=True)
+                row = self._find(session, job_id, change=True)
                 if row.state not in RETRIABLE:
                     raise ConflictError(
                         f"job {job_id} is {row.state}",
@@ -213,6 +229,40 @@ class JobService:
             ) from None
         self.wake.set()
         return info
+
+    def _find(self, session: Session, job_id: str, *, change: bool = False) -> JobRow:
+        """A job that the principal may see: its own, or a compose of adapters that it may see. Others do not exist.
+
+        change: lock it; only its owner and admins may. Raises JobNotFoundError and ForbiddenError.
+        """
+        row = session.get(JobRow, job_id, with_for_update=change)
+        if row is None or not self._may_see(row):
+            raise JobNotFoundError(
+                f"no job {job_id!r}", expected="a job id", found=job_id, remedy="see 'registry jobs list'"
+            )
+        if change and not self._owns(row):
+            raise ForbiddenError(
+                f"job {job_id} was submitted by somebody else",
+                expected=row.owner,
+                found=self._principal.subject,
+                remedy="ask an admin",
+            )
+        return row
+
+    def _owns(self, row: JobRow) -> bool:
+        return self._principal.is_admin or row.owner == self._principal.subject
+
+    def _may_see(self, row: JobRow) -> bool:
+        if self._owns(row):
+            return True
+        if row.kind != "compose":
+            return False
+        try:
+            for term in Recipe.model_validate(row.request["recipe"]).adapters:
+                self._registry.list_versions(term.ref)
+        except NotFoundError:
+            return False
+        return True
 
     def files(self, job_id: str) -> dict[str, Path]:
         """The output of a composition that succeeded: file name to path."""
@@ -250,6 +300,7 @@ def job_info(row: JobRow) -> JobInfo:
         id=row.id,
         kind=row.kind,
         title=row.title,
+        owner=row.owner,
         state=JobState(row.state),
         recipe=Recipe.model_validate(row.request["recipe"]) if row.kind == "compose" else None,
         step="cancelling" if stopping else row.step,
@@ -262,12 +313,3 @@ def job_info(row: JobRow) -> JobInfo:
         started_at=row.started_at,
         finished_at=row.finished_at,
     )
-
-
-def _find(session: Session, job_id: str, *, lock: bool = False) -> JobRow:
-    row = session.get(JobRow, job_id, with_for_update=lock)
-    if row is None:
-        raise JobNotFoundError(
-            f"no job {job_id!r}", expected="a job id", found=job_id, remedy="see 'registry jobs list'"
-        )
-    return row

@@ -9,11 +9,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Engine
+
 from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
+from registry.access import LOCAL, Principal, Role, Scope
 from registry.db import create_database_engine, migrate
-from registry.interface import DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, Progress
 from registry.schemas import (
+    AuditEntry,
     BaseCheck,
     BaseFit,
     BaseInfo,
@@ -25,25 +29,34 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    NamespaceInfo,
+    NewToken,
     Page,
     PlanInfo,
     PublishResult,
     Relation,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
+from registry.services.audit import AuditLog
 from registry.services.catalogue import Catalogue
 from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.inspection import Inspection
 from registry.services.jobs import JobService
+from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
+from registry.services.tokens import TokenAuthenticator, Tokens
+from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
 from registry.store.pulling import pull_files
 
 __all__ = ["LocalRegistry", "open_registry"]
+
+assert hide_private  # it listens to every session of these services
 
 
 def open_registry(home: Path | None = None, database_url: str | None = None) -> LocalRegistry:
@@ -51,16 +64,17 @@ def open_registry(home: Path | None = None, database_url: str | None = None) -> 
     layout = Layout((home or default_home()).expanduser().resolve())
     with storage_errors(f"opening {layout.home}"):
         layout.home.mkdir(parents=True, exist_ok=True)
-    return LocalRegistry(layout, database_url or os.environ.get("REGISTRY_DATABASE_URL") or layout.database_url)
+    engine = create_database_engine(database_url or os.environ.get("REGISTRY_DATABASE_URL") or layout.database_url)
+    migrate(engine)
+    return LocalRegistry(layout, engine)
 
 
 class LocalRegistry:
-    """Services over one database and one store."""
+    """Services over one database, which is migrated, and one store."""
 
-    def __init__(self, layout: Layout, database_url: str) -> None:
+    def __init__(self, layout: Layout, engine: Engine) -> None:
         self.layout = layout
-        self.engine = create_database_engine(database_url)
-        migrate(self.engine)
+        self.engine = engine
         self.store = LocalStore(layout)
         self._catalogue = Catalogue(self.engine)
         self._publishing = Publishing(self.engine, self.store)
@@ -68,6 +82,21 @@ class LocalRegistry:
         self._conversions = Conversions(self.engine, self.store, self._compositions)
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)
+        self._namespaces = Namespaces(self.engine)
+        self._audit = AuditLog(self.engine)
+        self.tokens = Tokens(self.engine)
+
+    def acting_as(self, principal: Principal) -> LocalRegistry:
+        """The same registry as `principal` may see and change it."""
+        if principal is LOCAL:
+            return self
+        other = LocalRegistry(self.layout, self.engine.execution_options(principal=principal))
+        other._jobs = self._jobs.over(other, principal)
+        return other
+
+    def authenticator(self) -> TokenAuthenticator:
+        """What recognises the tokens of this registry."""
+        return TokenAuthenticator(self.engine)
 
     @property
     def home(self) -> Path:
@@ -108,12 +137,13 @@ class LocalRegistry:
         license: str | None = None,
         tags: tuple[str, ...] = (),
         description: str | None = None,
+        private: bool | None = None,
         progress: Progress | None = None,
         read_paths: bool = True,
     ) -> PublishResult:
         """As the protocol says; `read_paths=False` for uploads: paths in them are not looked up on this machine."""
         return self._publishing.publish(
-            folder, name, version, base, license, tags, description, progress, read_paths=read_paths
+            folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths
         )
 
     def list_adapters(
@@ -217,6 +247,49 @@ class LocalRegistry:
 
     def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
         return self._conversions.restore_delta(ref, base, out, progress)
+
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        return self._catalogue.set_private(name, private)
+
+    def create_token(
+        self,
+        name: str,
+        *,
+        subject: str,
+        scopes: tuple[Scope, ...],
+        namespaces: tuple[str, ...] | None = None,
+        days: int = DEFAULT_DAYS,
+    ) -> NewToken:
+        return self.tokens.create(name, subject, scopes, namespaces, days)
+
+    def list_tokens(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[TokenInfo]:
+        return self.tokens.list(limit, cursor)
+
+    def revoke_token(self, token_id: str) -> TokenInfo:
+        return self.tokens.revoke(token_id)
+
+    def list_namespaces(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[NamespaceInfo]:
+        return self._namespaces.list(limit, cursor)
+
+    def grant(self, namespace: str, subject: str, role: Role) -> NamespaceInfo:
+        return self._namespaces.grant(namespace, subject, role)
+
+    def revoke(self, namespace: str, subject: str) -> NamespaceInfo:
+        return self._namespaces.revoke(namespace, subject)
+
+    def audit(
+        self,
+        *,
+        subject: str | None = None,
+        target: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[AuditEntry]:
+        return self._audit.list(limit, cursor, subject=subject, target=target)
+
+    def note_denied(self, target: str, code: str) -> None:
+        """Write into the audit log that somebody known was refused."""
+        self._audit.denied(target, code)
 
     def inspect(self, ref: str) -> dict[str, Any]:
         return self._inspection.inspect(ref)

@@ -22,6 +22,7 @@ from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import sha256_file
 from composer.provenance import manifest_digest
 from composer.tensors import DTYPES
+from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
 from registry.compat import BaseClaim, assess
 from registry.db import session_scope
@@ -39,7 +40,9 @@ from registry.models import (
 )
 from registry.names import Version, adapter_name, base_name, slug
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
+from registry.services.audit import acting, record
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, version_info
+from registry.services.namespaces import require_role
 from registry.store.local import LocalStore
 
 __all__ = ["Publishing", "publishable_files"]
@@ -90,10 +93,11 @@ class Publishing:
             )
         folder = folder.expanduser().resolve()
         name = base_name(name or slug(folder))
-        checkpoint = open_checkpoint(folder)
         with session_scope(self._engine) as session:
+            acting(session).require_everywhere(Scope.PUBLISH)
             if parent:
                 find_base(session, parent)
+        checkpoint = open_checkpoint(folder)
         fingerprint = fingerprint_checkpoint(
             checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
         )
@@ -126,6 +130,7 @@ class Publishing:
                 else _merged_files(row, files)
             )
             session.add(row)
+            record(session, "base.add", row.name, fingerprint=row.fingerprint, parent=parent)
             session.flush()
             return base_info(row, len(row.tensors), created=same is None)
 
@@ -156,6 +161,7 @@ class Publishing:
         license: str | None,
         tags: tuple[str, ...],
         description: str | None,
+        private: bool | None,
         progress: Progress | None,
         *,
         read_paths: bool = True,
@@ -167,6 +173,8 @@ class Publishing:
         """
         namespace, short = adapter_name(name)
         wanted = Version(version) if version else None
+        with session_scope(self._engine, writes=True) as session:
+            require_role(session, namespace, Role.PUBLISHER, claim=True)
         adapter = open_adapter(folder.expanduser())
         _check_finite(adapter)
         card = read_card(adapter.files.get("README.md"))
@@ -179,7 +187,7 @@ class Publishing:
             with session_scope(self._engine, writes=True) as session:
                 return self._insert(
                     session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                    license, tags, description, warnings,
+                    license, tags, description, private, warnings,
                 )  # fmt: skip
         except DatabaseIntegrityError as error:
             raise VersionTakenError(
@@ -278,14 +286,19 @@ class Publishing:
         license: str | None,
         tags: tuple[str, ...],
         description: str | None,
+        private: bool | None,
         warnings: list[str],
     ) -> PublishResult:
         namespace, short = name
+        require_role(session, namespace, Role.PUBLISHER)
         owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
         if owner is None:
-            owner = AdapterRow(namespace=namespace, name=short)
+            owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
             session.add(owner)
             session.flush()
+        elif private not in (None, owner.private):
+            kept = "private" if owner.private else "public"
+            warnings.append(f"{owner.full_name} stays {kept}; 'registry visibility' changes that")
         versions = select(VersionRow).where(VersionRow.adapter_id == owner.id)
         if wanted is None:
             # The same bytes tied to another base are a new version: what is known of them has changed.
@@ -340,6 +353,7 @@ class Publishing:
             targets=[VersionTargetRow(parameter=t.parameter, shape=list(t.shape)) for t in signature.targets],
         )
         session.add(row)
+        record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
         session.flush()
         session.refresh(row)
         return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))

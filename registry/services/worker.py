@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import or_, select, update
 
 from composer.errors import TypedError
+from registry.access import LOCAL, Principal, Scope
 from registry.db import session_scope
 from registry.models import JobRow, now
 from registry.schemas import JobState
@@ -67,12 +68,14 @@ class _Run:
         if self._stop:
             raise JobStoppedError(f"job {self._job_id} was {self._stop}", remedy="submit it again")
 
-    def run(self, kind: str, request: dict[str, Any]) -> None:
+    def run(self, kind: str, request: dict[str, Any], owner: str) -> None:
         """Do the work and write down how it ended."""
         self._beats.start()
         ended: dict[str, Any] = {"finished_at": now()}
+        # What its owner may do was asked when it was submitted; the audit log is to name the owner.
+        principal = LOCAL if owner == LOCAL.subject else Principal(owner, frozenset({Scope.ADMIN}))
         try:
-            result = KINDS[kind](self._worker.registry, self._job_id, request, self.progress)
+            result = KINDS[kind](self._worker.registry.acting_as(principal), self._job_id, request, self.progress)
         except JobStoppedError:
             if self._stop == "cancelled":
                 ended["state"] = JobState.CANCELLED.value
@@ -167,7 +170,7 @@ class Worker:
         _Run(self, taken[0]).run(*taken[1:])
         return True
 
-    def _take(self) -> tuple[str, str, dict[str, Any]] | None:
+    def _take(self) -> tuple[str, str, dict[str, Any], str] | None:
         """Lease the oldest job there is to run. Late ones that may not run again are ended on the way."""
         late = (JobRow.state == JobState.RUNNING.value) & (JobRow.lease_until < now())
         waiting = JobRow.state == JobState.QUEUED.value
@@ -190,5 +193,5 @@ class Worker:
                     row.state, row.attempts, row.worker = JobState.RUNNING.value, row.attempts + 1, self.name
                     row.lease_until = now() + timedelta(seconds=self.lease_s)
                     row.started_at = row.started_at or now()
-                    return row.id, row.kind, row.request
+                    return row.id, row.kind, row.request, row.owner
                 row.worker, row.lease_until, row.step = None, None, ""

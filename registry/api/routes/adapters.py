@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from composer.errors import NotFoundError
+from composer.errors import NotFoundError, UsageError
+from registry.access import Scope
 from registry.api.deps import (
     DEFAULT_LIMIT,
     AdapterName,
@@ -16,15 +17,17 @@ from registry.api.deps import (
     Registered,
     VersionQuery,
     file_response,
+    require,
     version_ref,
 )
 from registry.api.rules import refuse_path
-from registry.api.schemas import AliasRequest, form_body
+from registry.api.schemas import AliasRequest, VisibilityRequest, form_body
 from registry.api.uploads import Upload, receive
 from registry.schemas import BaseFit, Level, Page, PublishResult, Verdict, VersionInfo
 
 router = APIRouter(tags=["adapters"])
 
+PUBLISH = [Depends(require(Scope.PUBLISH))]
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -32,12 +35,13 @@ UPLOAD = form_body(
     version="a semantic version; default: the next one",
     base="a registered base, or the fingerprint (wf1:…) of one that need not be registered",
     license="an SPDX expression",
+    private="true: a new adapter is seen by members of its namespace only",
     tags="[]words to search for",
     description="one paragraph",
 )
 
 
-@router.post("/adapters", summary="Publish an adapter", status_code=201, openapi_extra=UPLOAD)
+@router.post("/adapters", summary="Publish an adapter", status_code=201, openapi_extra=UPLOAD, dependencies=PUBLISH)
 async def publish(request: Request, response: Response, registry: Registered) -> PublishResult:
     """Publish one version. 200 when these very bytes are that version already."""
     upload = await receive(request)
@@ -49,7 +53,7 @@ async def publish(request: Request, response: Response, registry: Registered) ->
 
 def _publish(upload: Upload, registry: Registered) -> PublishResult:
     with upload:
-        upload.only("name", "version", "base", "license", "tags", "description")
+        upload.only("name", "version", "base", "license", "tags", "description", "private")
         base = upload.text("base")
         return registry.publish(
             upload.folder,
@@ -59,8 +63,15 @@ def _publish(upload: Upload, registry: Registered) -> PublishResult:
             license=upload.text("license"),
             tags=tuple(tag for tag in upload.fields.get("tags", ()) if tag),
             description=upload.text("description"),
+            private=_flag(upload.text("private")),
             read_paths=False,
         )
+
+
+def _flag(text: str | None) -> bool | None:
+    if text not in (None, "true", "false"):
+        raise UsageError(f"private is {text!r}", expected="true or false", found=text)
+    return None if text is None else text == "true"
 
 
 @router.get("/adapters", summary="List adapters")
@@ -111,16 +122,22 @@ def list_versions(adapter: AdapterName, registry: Registered) -> Page[VersionInf
     return Page[VersionInfo](items=registry.list_versions(adapter))
 
 
-@router.put(f"{ADAPTER}/aliases/{{alias}}", summary="Point an alias at a version")
+@router.put(f"{ADAPTER}/aliases/{{alias}}", summary="Point an alias at a version", dependencies=PUBLISH)
 def set_alias(adapter: AdapterName, alias: str, body: AliasRequest, registry: Registered) -> VersionInfo:
     """Create the alias or move it."""
     return registry.set_alias(version_ref(adapter, body.version), alias)
 
 
-@router.delete(f"{ADAPTER}/aliases/{{alias}}", summary="Remove an alias", status_code=204)
+@router.delete(f"{ADAPTER}/aliases/{{alias}}", summary="Remove an alias", status_code=204, dependencies=PUBLISH)
 def delete_alias(adapter: AdapterName, alias: str, registry: Registered) -> None:
     """Remove the alias; the version stays."""
     registry.delete_alias(adapter, alias)
+
+
+@router.put(f"{ADAPTER}/visibility", summary="Hide or show an adapter", dependencies=PUBLISH)
+def set_private(adapter: AdapterName, body: VisibilityRequest, registry: Registered) -> VersionInfo:
+    """Private: only members of the namespace see it; to everybody else it does not exist."""
+    return registry.set_private(adapter, body.private)
 
 
 @router.get(f"{ADAPTER}/bases", summary="List the bases that an adapter fits", tags=["compatibility"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from composer.checkpoint import open_checkpoint
 from composer.errors import UsageError
-from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, Registered
+from registry.access import Scope
+from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, Registered, require
 from registry.api.rules import refuse_path
 from registry.api.schemas import form_body
 from registry.api.uploads import Upload, receive
@@ -26,7 +27,13 @@ UPLOAD = form_body(
 )
 
 
-@router.post("/bases", summary="Upload a base model", status_code=201, openapi_extra=UPLOAD)
+@router.post(
+    "/bases",
+    summary="Upload a base model",
+    status_code=201,
+    openapi_extra=UPLOAD,
+    dependencies=[Depends(require(Scope.PUBLISH, everywhere=True))],
+)
 async def add_base(
     request: Request,
     response: Response,
@@ -97,7 +104,12 @@ def get_base(name: str, registry: Registered) -> BaseInfo:
     return registry.get_base(refuse_path(name, "the base", base=True))
 
 
-@router.post("/bases/{name}/verifications", summary="Verify a base model", status_code=202)
+@router.post(
+    "/bases/{name}/verifications",
+    summary="Verify a base model",
+    status_code=202,
+    dependencies=[Depends(require(Scope.COMPOSE))],
+)
 def verify(name: str, response: Response, jobs: Jobs) -> JobInfo:
     """Queue a job that hashes every tensor again; Location names it."""
     job = jobs.submit_verify(refuse_path(name, "the base", base=True))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 
 from composer.recipe import Recipe
-from registry.api.deps import Jobs, Registered
+from registry.access import Scope
+from registry.api.deps import Jobs, Registered, require
 from registry.api.schemas import RecipeRequest, to_recipe
 from registry.schemas import JobInfo, PlanInfo
 
@@ -18,7 +19,7 @@ def plan(body: RecipeRequest | Recipe, registry: Registered) -> PlanInfo:
     return registry.plan(to_recipe(body))
 
 
-@router.post("/compositions", summary="Compose", status_code=202)
+@router.post("/compositions", summary="Compose", status_code=202, dependencies=[Depends(require(Scope.COMPOSE))])
 def compose(body: RecipeRequest | Recipe, response: Response, jobs: Jobs) -> JobInfo:
     """Queue a job that composes the recipe; Location names it. The very same recipe again is the same job."""
     job = jobs.submit(to_recipe(body))

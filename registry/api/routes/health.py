@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from registry import __version__
-from registry.api.deps import Registered
+from registry.access import Scope
+from registry.api.deps import Registered, require
 from registry.api.schemas import DoctorReport, Health
 
 router = APIRouter(tags=["service"])
@@ -18,7 +19,7 @@ def healthz() -> Health:
     return Health(version=__version__)
 
 
-@router.get("/doctor", summary="Is everything in place?")
+@router.get("/doctor", summary="Is everything in place?", dependencies=[Depends(require(Scope.ADMIN))])
 def doctor(registry: Registered) -> DoctorReport:
     """Run the checks of `registry doctor` on the service."""
     checks = registry.doctor()

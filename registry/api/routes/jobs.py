@@ -7,18 +7,20 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import NotFoundError
 from composer.files import sha256_file
 from composer.sinks import storage_errors
-from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response
+from registry.access import Scope
+from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
 from registry.schemas import CompositionInfo, FileInfo, JobInfo, JobState, Page
 
 router = APIRouter(tags=["jobs"])
 
+COMPOSE = [Depends(require(Scope.COMPOSE))]
 LOOK_S = 0.25
 KEEP_ALIVE_S = 15.0
 EVENTS: dict[int | str, dict[str, Any]] = {
@@ -71,13 +73,13 @@ async def _events(request: Request, jobs: Jobs, job: JobInfo) -> AsyncIterator[s
         job = await run_in_threadpool(jobs.get, job.id)
 
 
-@router.delete("/jobs/{job_id}", summary="Cancel a job")
+@router.delete("/jobs/{job_id}", summary="Cancel a job", dependencies=COMPOSE)
 def cancel(job_id: str, jobs: Jobs) -> JobInfo:
     """Stop a job that is queued or running; the answer is the job as it is then."""
     return jobs.cancel(job_id)
 
 
-@router.post("/jobs/{job_id}/retry", summary="Retry a job")
+@router.post("/jobs/{job_id}/retry", summary="Retry a job", dependencies=COMPOSE)
 def retry(job_id: str, jobs: Jobs) -> JobInfo:
     """Queue a failed or cancelled job again."""
     return jobs.retry(job_id)
