@@ -1,8 +1,9 @@
 """The command line: parses, calls a registry.interface.Registry, prints.
 
 main.py           the group, global options, failures to exit codes
-base.py           base add|list|show
+base.py           base add|list|show|verify|remove
 adapters.py       publish, list, show, versions, search, alias, pull, visibility
+lifecycle.py      yank, deprecate, quarantine, delete, gc
 compatibility.py  compatible, bases, check
 compose.py        plan, compose, inspect
 jobs.py           jobs list|show|cancel|retry, worker

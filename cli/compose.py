@@ -137,6 +137,7 @@ def plan(
     "-o", "--out", type=click.Path(path_type=Path), help="A new folder; default: named after the recipe, in this one."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
 @click.option("--queue", is_flag=True, help="Only queue it, for a worker to run; prints the job.")
 @common_options
 @pass_settings
@@ -151,6 +152,7 @@ def compose(
     allow: str,
     out: Path | None,
     force: bool,
+    accept_licences: bool,
     queue: bool,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
@@ -164,12 +166,14 @@ def compose(
     if queue:
         from registry.api.rules import refuse_paths
 
-        job = settings.registry.submit(refuse_paths(wanted))
+        job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences)
         emit(settings, job, lambda: job_block(job), lambda: job.id)
         return
     folder = out or default_out(wanted)
     with settings.progress() as progress:
-        result = settings.registry.compose(wanted, folder, replace=force, progress=progress)
+        result = settings.registry.compose(
+            wanted, folder, replace=force, accept_licences=accept_licences, progress=progress
+        )
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
 
 

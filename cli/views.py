@@ -11,6 +11,7 @@ from registry.schemas import (
     BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
@@ -31,6 +32,7 @@ __all__ = [
     "base_check_block",
     "base_table",
     "checks_table",
+    "collected_block",
     "compatible_table",
     "composition_block",
     "conversion_block",
@@ -71,6 +73,7 @@ def base_block(base: BaseInfo) -> str:
             ("parameters", f"{base.parameters:,} in {base.tensors} tensors"),
             ("size", size(base.nbytes)),
             ("parent", f"{base.parent} ({base.relation})" if base.parent else None),
+            ("license", base.license),
             ("location", base.location),
             ("tokenizer", base.tokenizer_digest),
             ("chat template", base.chat_template_digest),
@@ -164,6 +167,20 @@ def audit_table(entries: Sequence[AuditEntry]) -> str:
     return table(("AT", "SUBJECT", "TOKEN", "ACTION", "TARGET", "DETAIL"), rows, "nothing was changed yet")
 
 
+def collected_block(found: Collected) -> str:
+    """What went, or would go."""
+    return block(
+        [
+            ("would remove" if found.dry_run else "removed", size(found.nbytes)),
+            ("stored files", found.blobs),
+            ("uploads", found.uploads),
+            ("compositions", found.compositions),
+            ("jobs", found.jobs),
+            ("records", found.records),
+        ]
+    )
+
+
 def _base_of(version: VersionInfo) -> str:
     name = version.base or version.base_name or short(version.base_fingerprint)
     return name if version.base_status.value == "verified" else f"{name} ({version.base_status.value})"
@@ -205,6 +222,9 @@ def version_block(version: VersionInfo) -> str:
             ("base hash", version.base_fingerprint),
             ("trained on", version.base_name),
             ("license", version.license),
+            ("state", None if version.state.value == "published" else f"{version.state}: {version.state_reason}"),
+            ("deprecated", version.deprecated),
+            ("successor", version.successor),
             ("tags", ", ".join(version.tags)),
             ("seen by", "members of its namespace" if version.private else None),
             ("description", version.description),

@@ -24,13 +24,15 @@ from composer.sinks import FolderSink
 from registry import __version__
 from registry.access import Role, Scope
 from registry.api.rules import refuse_path, refuse_paths
-from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
+from registry.lifecycle import require_usable
 from registry.names import adapter_name
 from registry.schemas import (
     AuditEntry,
     BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
@@ -99,6 +101,7 @@ class RemoteRegistry:
         name: str | None = None,
         parent: str | None = None,
         relation: Relation | None = None,
+        license: str | None = None,
         progress: Progress | None = None,
     ) -> BaseInfo:
         """Upload a checkpoint (its weights and the files that go along), which a job on the service fingerprints."""
@@ -110,7 +113,8 @@ class RemoteRegistry:
         checkpoint = open_checkpoint(folder)
         names = [*(shard.name for shard in checkpoint.shards), *copy_names(checkpoint.files)]
         names += [INDEX] if checkpoint.sharded else []
-        fields = {"name": base_name(name or slug(folder)), "parent": parent, "relation": relation and relation.value}
+        fields = {"name": base_name(name or slug(folder)), "parent": parent, "relation": relation and relation.value,
+                  "license": license}  # fmt: skip
         files = {item: checkpoint.files[item] for item in names}
         job = self._upload("/bases?background=true", JobInfo, fields, files, progress)
         return self._wait(job, BaseInfo, progress)[1]
@@ -127,6 +131,46 @@ class RemoteRegistry:
         """A job on the service."""
         job = self._read(self._send("POST", f"{_base(ref)}/verifications"), JobInfo)
         return self._wait(job, BaseCheck, progress)[1]
+
+    def remove_base(self, ref: str) -> None:
+        """Forget a base."""
+        self._send("DELETE", _base(ref))
+
+    def yank(self, ref: str, reason: str | None) -> VersionInfo:
+        """Withdraw a version, or publish it again."""
+        return self._read(self._change(ref, "yank", reason and {"reason": reason}), VersionInfo)
+
+    def deprecate(self, ref: str, reason: str | None, *, successor: str | None = None) -> VersionInfo:
+        """Warn all who use a version, or no longer."""
+        body = reason and {"reason": reason, "successor": successor}
+        return self._read(self._change(ref, "deprecation", body), VersionInfo)
+
+    def quarantine(self, ref: str, reason: str | None) -> tuple[VersionInfo, ...]:
+        """Block the bytes of a version, or lift that."""
+        return self._read(self._change(ref, "quarantine", reason and {"reason": reason}), Page[VersionInfo]).items
+
+    def _change(self, ref: str, what: str, body: Any) -> httpx.Response:
+        path, version = _adapter(ref)
+        path = f"{path}/versions/{_segment(version or 'latest')}/{what}"
+        return self._send("PUT", path, json=body) if body else self._send("DELETE", path)
+
+    def delete_version(self, ref: str) -> None:
+        """Remove a version."""
+        path, version = _adapter(ref)
+        self._send("DELETE", f"{path}/versions/{_segment(version or 'latest')}")
+
+    def collect(
+        self,
+        *,
+        grace_days: float = GRACE_DAYS,
+        keep_jobs_days: float = KEEP_JOBS_DAYS,
+        keep_records_days: float | None = None,
+        dry_run: bool = False,
+    ) -> Collected:
+        """Remove what nothing names any more, on the service."""
+        body = {"grace_days": grace_days, "keep_jobs_days": keep_jobs_days, "keep_records_days": keep_records_days,
+                "dry_run": dry_run}  # fmt: skip
+        return self._read(self._send("POST", "/collections", json=body), Collected)
 
     def publish(
         self,
@@ -198,6 +242,7 @@ class RemoteRegistry:
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
         """Download a version's files, each checked against its digest."""
         info = self.get_version(ref)
+        require_usable(info, f"{info.name}@{info.version}", split_reference(ref)[1])
         path, _ = _adapter(info.name)
         files = {file.name: (file.sha256, file.size) for file in info.files}
         with FolderSink(out.expanduser().resolve()) as sink:
@@ -226,7 +271,13 @@ class RemoteRegistry:
         return self._read(self._send("POST", "/plans", json=body), PlanInfo)
 
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        accept_licences: bool = False,
+        progress: Progress | None = None,
     ) -> CompositionInfo:
         """Run a job on the service and download what it made. An interrupt cancels the job."""
         out = out.expanduser().resolve()
@@ -237,7 +288,7 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._wait(self.submit(recipe), CompositionInfo, progress)
+            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
             files = _outputs(result)
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
@@ -252,10 +303,10 @@ class RemoteRegistry:
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
 
-    def submit(self, recipe: Recipe) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         """Queue a compose."""
-        body = refuse_paths(recipe).model_dump(mode="json")
-        return self._read(self._send("POST", "/compositions", json=body), JobInfo)
+        body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None

@@ -16,6 +16,7 @@ from registry.schemas import (
     BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
@@ -35,10 +36,12 @@ from registry.schemas import (
     VersionInfo,
 )
 
-__all__ = ["DEFAULT_DAYS", "DEFAULT_PAGE", "Progress", "Registry"]
+__all__ = ["DEFAULT_DAYS", "DEFAULT_PAGE", "GRACE_DAYS", "KEEP_JOBS_DAYS", "Progress", "Registry"]
 
 DEFAULT_PAGE = 100
 DEFAULT_DAYS = 90
+GRACE_DAYS = 7.0
+KEEP_JOBS_DAYS = 30.0
 Progress = Callable[[str, int, int], None]
 """Called with (step, bytes done, bytes in all; 0 where unknown)."""
 
@@ -53,6 +56,7 @@ class Registry(Protocol):
         name: str | None = None,
         parent: str | None = None,
         relation: Relation | None = None,
+        license: str | None = None,
         progress: Progress | None = None,
     ) -> BaseInfo:
         """Fingerprint a checkpoint folder and register it; `name` defaults to the folder's. A repeat is a no-op."""
@@ -68,6 +72,37 @@ class Registry(Protocol):
 
     def verify_base(self, ref: str, *, progress: Progress | None = None) -> BaseCheck:
         """Hash every tensor of a registered base again."""
+        ...
+
+    def remove_base(self, ref: str) -> None:
+        """Forget a base that no adapter, descendant or recorded composition needs."""
+        ...
+
+    def yank(self, ref: str, reason: str | None) -> VersionInfo:
+        """Withdraw a version, for a reason; None publishes it again. Its digest goes on working."""
+        ...
+
+    def deprecate(self, ref: str, reason: str | None, *, successor: str | None = None) -> VersionInfo:
+        """Warn all who use a version, and name its successor; None takes that back."""
+        ...
+
+    def quarantine(self, ref: str, reason: str | None) -> tuple[VersionInfo, ...]:
+        """Block the bytes of a version, whatever names them; None lifts that. Returns all versions of these bytes."""
+        ...
+
+    def delete_version(self, ref: str) -> None:
+        """Remove a version that nothing depends on; its name is never given again."""
+        ...
+
+    def collect(
+        self,
+        *,
+        grace_days: float = GRACE_DAYS,
+        keep_jobs_days: float = KEEP_JOBS_DAYS,
+        keep_records_days: float | None = None,
+        dry_run: bool = False,
+    ) -> Collected:
+        """Remove what nothing names any more: stored files, uploads, outputs of old jobs."""
         ...
 
     def publish(
@@ -142,12 +177,18 @@ class Registry(Protocol):
         ...
 
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        accept_licences: bool = False,
+        progress: Progress | None = None,
     ) -> CompositionInfo:
-        """Compose into the new folder `out`."""
+        """Compose into the new folder `out`. `accept_licences`: even where they conflict."""
         ...
 
-    def submit(self, recipe: Recipe) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
         ...
 

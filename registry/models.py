@@ -5,7 +5,8 @@
              └─ aliases ──┘
     jobs            what runs in the background: one a compose, a base to fingerprint …
     tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
-    compositions    one a finished recipe over known inputs: cache key and proof
+    compositions    one a finished recipe over known inputs (composition_inputs): cache key and proof
+    quarantine      bytes that nobody may use; tombstones: versions that were deleted
 
 Times are UTC. Digests are lower-case hex, with their scheme where a user sees them.
 """
@@ -39,11 +40,14 @@ __all__ = [
     "BaseFileRow",
     "BaseModelRow",
     "BaseTensorRow",
+    "CompositionInputRow",
     "CompositionRow",
     "JobRow",
     "MemberRow",
     "Model",
+    "QuarantineRow",
     "TokenRow",
+    "TombstoneRow",
     "VersionFileRow",
     "VersionRow",
     "VersionTargetRow",
@@ -113,6 +117,7 @@ class BaseModelRow(Model):
     parameters: Mapped[int] = mapped_column(BigInteger)
     nbytes: Mapped[int] = mapped_column(BigInteger)
     location: Mapped[str] = mapped_column(Text)
+    license: Mapped[str | None] = mapped_column(String(100))
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("base_models.id", ondelete="RESTRICT"), index=True)
     relation: Mapped[str | None] = mapped_column(String(20))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
@@ -184,7 +189,14 @@ class VersionRow(Model):
         Index("ix_adapter_versions_latest", "adapter_id", "prerelease", "sort_key"),
         Index("ix_adapter_versions_base", "base_fingerprint", "created_at", "id"),
         Index("ix_adapter_versions_digest", "digest"),
-    )
+        CheckConstraint("state IN ('published', 'yanked', 'quarantined')", name="state"),
+        CheckConstraint("(state = 'published') = (state_reason IS NULL)", name="state_reason"),
+        CheckConstraint("NOT latest OR state = 'published'", name="latest"),
+        Index(
+            "uq_adapter_versions_latest", "adapter_id", unique=True,
+            sqlite_where=text("latest"), postgresql_where=text("latest"),
+        ),
+    )  # fmt: skip
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="RESTRICT"))
@@ -206,6 +218,11 @@ class VersionRow(Model):
     tags: Mapped[list[str]] = mapped_column(JSON)
     description: Mapped[str] = mapped_column(Text, default="")
     search_text: Mapped[str] = mapped_column(Text)
+    latest: Mapped[bool] = mapped_column(default=False)
+    state: Mapped[str] = mapped_column(String(20), default="published")
+    state_reason: Mapped[str | None] = mapped_column(Text)
+    deprecated: Mapped[str | None] = mapped_column(Text)
+    successor: Mapped[str | None] = mapped_column(String(300))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     adapter: Mapped[AdapterRow] = relationship(back_populates="versions", lazy="joined")
@@ -348,4 +365,38 @@ class CompositionRow(Model):
     recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
     inputs: Mapped[dict[str, Any]] = mapped_column(JSON)
     output_digest: Mapped[str] = mapped_column(String(71))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+    parts: Mapped[list[CompositionInputRow]] = relationship(cascade="all, delete-orphan")
+
+
+class CompositionInputRow(Model):
+    """One thing that a composition was made of: the fingerprint of its base, or the digest of an adapter."""
+
+    __tablename__ = "composition_inputs"
+
+    composition_id: Mapped[int] = mapped_column(ForeignKey("compositions.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True, index=True)
+
+
+class QuarantineRow(Model):
+    """Bytes that nobody may use, whatever names them."""
+
+    __tablename__ = "quarantine"
+    __table_args__ = (CheckConstraint("digest LIKE 'sha256:%' AND length(digest) = 71", name="digest"),)
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    reason: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class TombstoneRow(Model):
+    """A version that was deleted: its name is never given again."""
+
+    __tablename__ = "tombstones"
+
+    namespace: Mapped[str] = mapped_column(String(100), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    version: Mapped[str] = mapped_column(String(100), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)

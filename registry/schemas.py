@@ -20,6 +20,7 @@ __all__ = [
     "BaseFit",
     "BaseInfo",
     "BaseStatus",
+    "Collected",
     "CompatibleAdapter",
     "CompositionInfo",
     "DoctorCheck",
@@ -27,6 +28,8 @@ __all__ = [
     "JobInfo",
     "JobState",
     "Level",
+    "LicenceLevel",
+    "LicenceVerdict",
     "Member",
     "NamespaceInfo",
     "NewToken",
@@ -39,6 +42,7 @@ __all__ = [
     "TokenInfo",
     "Verdict",
     "VersionInfo",
+    "VersionState",
 ]
 
 T = TypeVar("T")
@@ -87,6 +91,30 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class VersionState(StrEnum):
+    """What may be done with a version; registry.lifecycle says it in words."""
+
+    PUBLISHED = "published"
+    YANKED = "yanked"
+    QUARANTINED = "quarantined"
+
+
+class LicenceLevel(StrEnum):
+    """Whether licences go together, best first."""
+
+    CLEAR = "clear"
+    TERMS = "terms"
+    UNKNOWN = "unknown"
+    CONFLICT = "conflict"
+
+
+class LicenceVerdict(Schema):
+    """What the licences of a base and its adapters say of their composition; no legal advice."""
+
+    level: LicenceLevel
+    reasons: tuple[str, ...] = ()
+
+
 class Reason(Schema):
     """Why a verdict is what it is, and what a person can do about it."""
 
@@ -126,6 +154,7 @@ class BaseInfo(Schema):
     parameters: int
     tensors: int
     nbytes: int
+    license: str | None = None
     location: str = Field(description="the folder it is read from, or 'store' when the registry keeps the bytes")
     parent: str | None = None
     relation: Relation | None = None
@@ -152,6 +181,10 @@ class VersionInfo(Schema):
     license: str | None = None
     tags: tuple[str, ...] = ()
     description: str = ""
+    state: VersionState = VersionState.PUBLISHED
+    state_reason: str | None = Field(default=None, description="why it was yanked or quarantined")
+    deprecated: str | None = Field(default=None, description="why it should no longer be used")
+    successor: str | None = Field(default=None, description="what to use in its place")
     private: bool = Field(default=False, description="whether only members of the namespace see it")
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
@@ -207,6 +240,7 @@ class PlanInfo(Schema):
     base_fingerprint: str
     adapters: tuple[PlannedAdapter, ...]
     accepted: bool
+    licences: LicenceVerdict
     warnings: tuple[str, ...] = ()
     touched: int
     total: int
@@ -324,6 +358,18 @@ class AuditEntry(Schema):
     action: str
     target: str
     detail: dict[str, Any] = Field(default_factory=dict)
+
+
+class Collected(Schema):
+    """What a collection removed, or with `dry_run` would remove."""
+
+    dry_run: bool
+    blobs: int = Field(description="stored files that no version names")
+    uploads: int = Field(description="uploads that became no base")
+    compositions: int = Field(description="outputs of jobs, and what was left half-written")
+    jobs: int = Field(description="jobs that ended long ago")
+    records: int = Field(description="records of compositions made long ago")
+    nbytes: int
 
 
 class DoctorCheck(Schema):

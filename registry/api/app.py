@@ -11,7 +11,8 @@ GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/event
 POST          /api/v1/jobs/{id}/retry
 POST GET      /api/v1/tokens                        DELETE /tokens/{id}
 GET           /api/v1/namespaces                    PUT DELETE /namespaces/{namespace}/members/{subject}
-GET           /api/v1/audit   /whoami   /doctor
+PUT DELETE    /api/v1/adapters/{namespace}/{name}/versions/{version}/yank   …/deprecation   …/quarantine
+GET           /api/v1/audit   /whoami   /doctor     POST /collections
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Engine, and_, func, select, tuple_
+from sqlalchemy import Engine, func, select, tuple_, update
 from sqlalchemy.orm import Session, selectinload
 
 from composer.adapters import Target
@@ -25,11 +25,21 @@ from registry.schemas import (
     Relation,
     Verdict,
     VersionInfo,
+    VersionState,
 )
 from registry.services.audit import record
 from registry.services.namespaces import require_role
 
-__all__ = ["Catalogue", "base_facts", "base_info", "find_base", "find_version", "version_info", "version_verdict"]
+__all__ = [
+    "Catalogue",
+    "base_facts",
+    "base_info",
+    "find_base",
+    "find_version",
+    "refresh_latest",
+    "version_info",
+    "version_verdict",
+]
 
 MAX_PAGE = 1000
 MAX_LINEAGE = 100
@@ -51,6 +61,7 @@ def base_info(row: BaseModelRow, tensors: int, *, created: bool = False) -> Base
         parameters=row.parameters,
         tensors=tensors,
         nbytes=row.nbytes,
+        license=row.license,
         location=row.location,
         parent=row.parent.name if row.parent else None,
         relation=Relation(row.relation) if row.relation else None,
@@ -66,9 +77,6 @@ def version_info(session: Session, row: VersionRow) -> VersionInfo:
         base = session.scalar(select(BaseModelRow.name).where(BaseModelRow.fingerprint == row.base_fingerprint))
     aliases = list(
         session.scalars(select(AliasRow.alias).where(AliasRow.version_id == row.id).order_by(AliasRow.alias))
-    )
-    latest = session.scalar(
-        select(VersionRow.id).where(VersionRow.adapter_id == row.adapter_id).order_by(*LATEST).limit(1)
     )
     return VersionInfo(
         name=row.adapter.full_name,
@@ -88,7 +96,11 @@ def version_info(session: Session, row: VersionRow) -> VersionInfo:
         tags=tuple(row.tags),
         description=row.description,
         private=row.adapter.private,
-        aliases=("latest", *aliases) if latest == row.id else tuple(aliases),
+        state=VersionState(row.state),
+        state_reason=row.state_reason,
+        deprecated=row.deprecated,
+        successor=row.successor,
+        aliases=("latest", *aliases) if row.latest else tuple(aliases),
         files=tuple(FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files),
         created_at=row.created_at,
     )
@@ -102,6 +114,17 @@ def _status(fingerprint: str | None, base: str | None) -> BaseStatus:
 
 # The highest release; a pre-release only where there is nothing else.
 LATEST = (VersionRow.prerelease, VersionRow.sort_key.desc())
+
+
+def refresh_latest(session: Session, adapter_id: int) -> None:
+    """Mark the highest published version of an adapter, after one was added or its state changed."""
+    best = select(VersionRow.id).where(VersionRow.adapter_id == adapter_id, VersionRow.state == "published")
+    session.flush()
+    chosen = session.scalar(best.order_by(*LATEST).limit(1))
+    of_adapter = update(VersionRow).where(VersionRow.adapter_id == adapter_id)
+    session.execute(of_adapter.where(VersionRow.latest, VersionRow.id != chosen).values(latest=False))
+    if chosen is not None:
+        session.execute(of_adapter.where(VersionRow.id == chosen).values(latest=True))
 
 
 def find_base(session: Session, ref: str) -> BaseModelRow:
@@ -143,7 +166,8 @@ def find_version(session: Session, ref: str, version: str | None) -> VersionRow:
         )
     query = select(VersionRow).where(VersionRow.adapter_id == adapter.id)
     if version is None or version == "latest":
-        row = session.scalar(query.order_by(*LATEST).limit(1))
+        # Where all are yanked there is no latest; the highest is named, and refused when it is to be used.
+        row = session.scalar(query.order_by(VersionRow.latest.desc(), *LATEST).limit(1))
     elif version.startswith("sha256:"):
         rows = session.scalars(query.where(VersionRow.digest.startswith(version, autoescape=True)).order_by(*LATEST))
         found = list(rows)
@@ -270,11 +294,9 @@ class Catalogue:
         base: a registered name or a fingerprint. words: each must occur in the search text.
         """
         limit = max(1, min(limit, MAX_PAGE))
-        order = func.row_number().over(partition_by=VersionRow.adapter_id, order_by=LATEST).label("place")
-        ranked = select(VersionRow.id, order).subquery()
         query = (
             select(VersionRow)
-            .join(ranked, and_(ranked.c.id == VersionRow.id, ranked.c.place == 1))
+            .where(VersionRow.latest)
             .join(AdapterRow, AdapterRow.id == VersionRow.adapter_id)
             .options(selectinload(VersionRow.files))
             .order_by(AdapterRow.namespace, AdapterRow.name)
@@ -356,11 +378,9 @@ class Catalogue:
         """Latest versions that fit a base, best first, then by name."""
         with session_scope(self._engine) as session:
             facts = base_facts(session, find_base(session, base))
-            order = func.row_number().over(partition_by=VersionRow.adapter_id, order_by=LATEST).label("place")
-            ranked = select(VersionRow.id, order).subquery()
             rows = session.scalars(
                 select(VersionRow)
-                .join(ranked, and_(ranked.c.id == VersionRow.id, ranked.c.place == 1))
+                .where(VersionRow.latest)
                 .options(selectinload(VersionRow.files), selectinload(VersionRow.targets))
             )
             fits = [(row, version_verdict(session, row, facts)) for row in rows]

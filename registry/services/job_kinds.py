@@ -49,7 +49,7 @@ def compose(registry: LocalRegistry, job_id: str, request: dict[str, Any], progr
     pins = request["pins"]
     result = registry.compose(
         Recipe.model_validate(request["recipe"]), folder, replace=True, progress=progress,
-        **({"pins": tuple(pins)} if pins else {}),
+        **({"pins": tuple(pins)} if pins else {}), accept_licences=request.get("accept_licences", False),
     )  # fmt: skip
     return result.model_copy(update={"out": ""})
 
@@ -61,7 +61,7 @@ def add_base(registry: LocalRegistry, _: str, request: dict[str, Any], progress:
     relation = request["relation"]
     base = registry.add_base(
         folder, name=request["name"], parent=request["parent"], relation=relation and Relation(relation),
-        progress=progress,
+        license=request.get("license"), progress=progress,
     )  # fmt: skip
     if registry.layout.uploads in folder.parents and Path(base.location) != folder.resolve():
         shutil.rmtree(registry.layout.uploads / folder.relative_to(registry.layout.uploads).parts[0])

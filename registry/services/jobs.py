@@ -30,6 +30,7 @@ from registry.db import session_scope
 from registry.errors import DiskLimitError, ForbiddenError, JobNotFoundError, QueueFullError
 from registry.models import JobRow, now
 from registry.schemas import CompositionInfo, JobInfo, JobState, Page, Relation
+from registry.services.lifecycle import refuse_quarantined
 
 if TYPE_CHECKING:
     from registry.services.local import LocalRegistry
@@ -73,21 +74,29 @@ class JobService:
         other._registry, other._principal = registry, principal
         return other
 
-    def submit(self, recipe: Recipe) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         """Queue a compose, or name the job that does or did the very same.
 
         It is planned first, so that what cannot work is refused at once, and its versions are pinned: an alias that
         moves while the job waits changes nothing.
         """
-        prepared = self._registry.prepare(recipe)
-        request = {"recipe": recipe.model_dump(mode="json"), "pins": list(prepared.pins)}
+        prepared = self._registry.prepare(recipe, accept_licences=accept_licences)
+        request = {"recipe": recipe.model_dump(mode="json"), "pins": list(prepared.pins),
+                   "accept_licences": accept_licences}  # fmt: skip
         return self.enqueue("compose", str(recipe), request, key=prepared.key, nbytes=prepared.plan.nbytes)
 
-    def submit_base(self, folder: Path, name: str | None, parent: str | None, relation: Relation | None) -> JobInfo:
+    def submit_base(
+        self,
+        folder: Path,
+        name: str | None,
+        parent: str | None = None,
+        relation: Relation | None = None,
+        license: str | None = None,
+    ) -> JobInfo:
         """Queue the fingerprinting and registration of a checkpoint folder."""
         self._principal.require_everywhere(Scope.PUBLISH)
         request = {"folder": str(folder.expanduser().resolve()), "name": name, "parent": parent,
-                   "relation": relation and relation.value}  # fmt: skip
+                   "relation": relation and relation.value, "license": license}  # fmt: skip
         key = hashlib.sha256(json.dumps(["base", request], sort_keys=True).encode()).hexdigest()
         return self.enqueue("base", name or folder.name, request, key=key, reuse=False)
 
@@ -277,6 +286,9 @@ class JobService:
                 found=found,
                 remedy="wait for it, look at its error, or submit it again",
             )
+        with session_scope(self._engine) as session:
+            for entry in result.record["adapters"]:
+                refuse_quarantined(session, entry["digest"], f"job {job_id}: {entry['ref']}")
         return {name: folder / name for name in (*result.record["outputs"], RECORD)}
 
     def start(self) -> None:

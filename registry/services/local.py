@@ -6,6 +6,7 @@ open_registry()  ->  LocalRegistry (registry.interface.Registry)
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
 from registry.access import LOCAL, Principal, Role, Scope
 from registry.db import create_database_engine, migrate
-from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
+from registry.lifecycle import require_usable
 from registry.schemas import (
     AuditEntry,
     BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
@@ -41,11 +44,13 @@ from registry.schemas import (
 )
 from registry.services.audit import AuditLog
 from registry.services.catalogue import Catalogue
+from registry.services.collection import Collection
 from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.inspection import Inspection
 from registry.services.jobs import JobService
+from registry.services.lifecycle import Lifecycle
 from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
 from registry.services.tokens import TokenAuthenticator, Tokens
@@ -83,6 +88,8 @@ class LocalRegistry:
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)
         self._namespaces = Namespaces(self.engine)
+        self._lifecycle = Lifecycle(self.engine)
+        self._collection = Collection(self.engine, layout)
         self._audit = AuditLog(self.engine)
         self.tokens = Tokens(self.engine)
 
@@ -114,9 +121,36 @@ class LocalRegistry:
         name: str | None = None,
         parent: str | None = None,
         relation: Relation | None = None,
+        license: str | None = None,
         progress: Progress | None = None,
     ) -> BaseInfo:
-        return self._publishing.add_base(folder, name, parent, relation, progress)
+        return self._publishing.add_base(folder, name, parent, relation, license, progress)
+
+    def remove_base(self, ref: str) -> None:
+        self._lifecycle.remove_base(ref)
+
+    def yank(self, ref: str, reason: str | None) -> VersionInfo:
+        return self._lifecycle.yank(*split_reference(ref), reason)
+
+    def deprecate(self, ref: str, reason: str | None, *, successor: str | None = None) -> VersionInfo:
+        return self._lifecycle.deprecate(*split_reference(ref), reason, successor)
+
+    def quarantine(self, ref: str, reason: str | None) -> tuple[VersionInfo, ...]:
+        return self._lifecycle.quarantine(*split_reference(ref), reason)
+
+    def delete_version(self, ref: str) -> None:
+        self._lifecycle.delete(*split_reference(ref))
+
+    def collect(
+        self,
+        *,
+        grace_days: float = GRACE_DAYS,
+        keep_jobs_days: float = KEEP_JOBS_DAYS,
+        keep_records_days: float | None = None,
+        dry_run: bool = False,
+    ) -> Collected:
+        records = None if keep_records_days is None else timedelta(days=keep_records_days)
+        return self._collection.collect(timedelta(days=grace_days), timedelta(days=keep_jobs_days), records, dry_run)
 
     def list_bases(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[BaseInfo]:
         return self._catalogue.list_bases(limit, cursor)
@@ -172,12 +206,19 @@ class LocalRegistry:
     def delete_alias(self, name: str, alias: str) -> None:
         self._catalogue.delete_alias(name, alias)
 
+    def usable_version(self, ref: str) -> VersionInfo:
+        """A version whose bytes may be used. Raises YankedError and QuarantinedError."""
+        name, version = split_reference(ref)
+        info = self._catalogue.get_version(name, version)
+        require_usable(info, f"{info.name}@{info.version}", version)
+        return info
+
     def version_files(self, ref: str) -> dict[str, Path]:
-        """The files of a version: name to blob, each present."""
-        return {file.name: self.store.path(file.sha256) for file in self.get_version(ref).files}
+        """The files of a version that may be used: name to blob, each present."""
+        return {file.name: self.store.path(file.sha256) for file in self.usable_version(ref).files}
 
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
-        info = self.get_version(ref)
+        info = self.usable_version(ref)
         pull_files(self.store, info.files, out, progress)
         return info
 
@@ -193,9 +234,9 @@ class LocalRegistry:
     def plan(self, recipe: Recipe) -> PlanInfo:
         return self._compositions.plan(recipe)
 
-    def prepare(self, recipe: Recipe) -> Prepared:
+    def prepare(self, recipe: Recipe, *, accept_licences: bool = False) -> Prepared:
         """A plan that compose will follow: refused where compose would refuse, with its key and pinned versions."""
-        return self._compositions.prepare(recipe)
+        return self._compositions.prepare(recipe, accept_licences)
 
     def compose(
         self,
@@ -203,14 +244,15 @@ class LocalRegistry:
         out: Path,
         *,
         replace: bool = False,
+        accept_licences: bool = False,
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
-        return self._compositions.compose(recipe, out, replace, progress, pins)
+        return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences)
 
-    def submit(self, recipe: Recipe) -> JobInfo:
-        return self._jobs.submit(recipe)
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+        return self._jobs.submit(recipe, accept_licences=accept_licences)
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None

@@ -34,6 +34,7 @@ from registry.models import (
     BaseFileRow,
     BaseModelRow,
     BaseTensorRow,
+    TombstoneRow,
     VersionFileRow,
     VersionRow,
     VersionTargetRow,
@@ -41,7 +42,8 @@ from registry.models import (
 from registry.names import Version, adapter_name, base_name, slug
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
 from registry.services.audit import acting, record
-from registry.services.catalogue import LATEST, base_facts, base_info, find_base, version_info
+from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
+from registry.services.lifecycle import refuse_quarantined
 from registry.services.namespaces import require_role
 from registry.store.local import LocalStore
 
@@ -76,6 +78,7 @@ class Publishing:
         name: str | None,
         parent: str | None,
         relation: Relation | None,
+        license: str | None,
         progress: Progress | None,
     ) -> BaseInfo:
         """Fingerprint a checkpoint and register it where it lies.
@@ -115,10 +118,17 @@ class Publishing:
                         found=found,
                         remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
                     )
-            if same is not None and parent is None and Path(same.location) != folder and _lies_there(same):
+            if (
+                same is not None
+                and parent is None
+                and license is None
+                and Path(same.location) != folder
+                and _lies_there(same)
+            ):
                 return base_info(same, len(same.tensors))
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
+            row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
             if parent:
                 row.parent, row.relation = find_base(session, parent), relation.value if relation else None
             row.files = (
@@ -291,6 +301,7 @@ class Publishing:
     ) -> PublishResult:
         namespace, short = name
         require_role(session, namespace, Role.PUBLISHER)
+        refuse_quarantined(session, digest, f"{namespace}/{short}")
         owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
         if owner is None:
             owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
@@ -311,6 +322,8 @@ class Publishing:
             )
             newest = session.scalar(versions.order_by(VersionRow.sort_key.desc()).limit(1))
             wanted = Version(Version(newest.version).next_patch() if newest else FIRST_VERSION)
+            while same is None and _was_deleted(session, name, wanted):
+                wanted = Version(wanted.next_patch())
         else:
             same = session.scalar(versions.where(VersionRow.version == wanted.text))
             if same is not None and same.digest != digest:
@@ -318,6 +331,13 @@ class Publishing:
                     f"{owner.full_name}@{wanted.text} holds other bytes; versions never change",
                     expected=same.digest,
                     found=digest,
+                    remedy="publish under a new version",
+                )
+            if same is None and _was_deleted(session, name, wanted):
+                raise VersionTakenError(
+                    f"{owner.full_name}@{wanted.text} was deleted; a version is never used again",
+                    expected="a new version",
+                    found=wanted.text,
                     remedy="publish under a new version",
                 )
         if same is not None:
@@ -354,9 +374,13 @@ class Publishing:
         )
         session.add(row)
         record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
-        session.flush()
+        refresh_latest(session, owner.id)
         session.refresh(row)
         return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+
+
+def _was_deleted(session: Session, name: tuple[str, str], version: Version) -> bool:
+    return session.get(TombstoneRow, (*name, version.text)) is not None
 
 
 def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:

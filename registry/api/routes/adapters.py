@@ -21,13 +21,14 @@ from registry.api.deps import (
     version_ref,
 )
 from registry.api.rules import refuse_path
-from registry.api.schemas import AliasRequest, VisibilityRequest, form_body
+from registry.api.schemas import AliasRequest, DeprecationRequest, ReasonRequest, VisibilityRequest, form_body
 from registry.api.uploads import Upload, receive
 from registry.schemas import BaseFit, Level, Page, PublishResult, Verdict, VersionInfo
 
 router = APIRouter(tags=["adapters"])
 
 PUBLISH = [Depends(require(Scope.PUBLISH))]
+ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -140,6 +141,49 @@ def set_private(adapter: AdapterName, body: VisibilityRequest, registry: Registe
     return registry.set_private(adapter, body.private)
 
 
+@router.put(f"{ADAPTER}/versions/{{version}}/yank", summary="Yank a version", dependencies=PUBLISH)
+def yank(adapter: AdapterName, version: str, body: ReasonRequest, registry: Registered) -> VersionInfo:
+    """Withdraw it: refused by name, still there by digest."""
+    return registry.yank(version_ref(adapter, version), body.reason)
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}/yank", summary="Publish a yanked version again", dependencies=PUBLISH)
+def unyank(adapter: AdapterName, version: str, registry: Registered) -> VersionInfo:
+    """Take the yank back."""
+    return registry.yank(version_ref(adapter, version), None)
+
+
+@router.put(f"{ADAPTER}/versions/{{version}}/deprecation", summary="Deprecate a version", dependencies=PUBLISH)
+def deprecate(adapter: AdapterName, version: str, body: DeprecationRequest, registry: Registered) -> VersionInfo:
+    """Warn all who use it, and name its successor."""
+    successor = None if body.successor is None else refuse_path(body.successor, "the successor")
+    return registry.deprecate(version_ref(adapter, version), body.reason, successor=successor)
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}/deprecation", summary="Take a deprecation back", dependencies=PUBLISH)
+def undeprecate(adapter: AdapterName, version: str, registry: Registered) -> VersionInfo:
+    """Warn no longer."""
+    return registry.deprecate(version_ref(adapter, version), None)
+
+
+@router.put(f"{ADAPTER}/versions/{{version}}/quarantine", summary="Quarantine bytes", dependencies=ADMIN)
+def quarantine(adapter: AdapterName, version: str, body: ReasonRequest, registry: Registered) -> Page[VersionInfo]:
+    """Block the bytes of a version, whatever names them; the answer is all that is blocked."""
+    return Page[VersionInfo](items=registry.quarantine(version_ref(adapter, version), body.reason))
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}/quarantine", summary="Lift a quarantine", dependencies=ADMIN)
+def lift(adapter: AdapterName, version: str, registry: Registered) -> Page[VersionInfo]:
+    """Publish the bytes again."""
+    return Page[VersionInfo](items=registry.quarantine(version_ref(adapter, version), None))
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}", summary="Delete a version", status_code=204, dependencies=PUBLISH)
+def delete_version(adapter: AdapterName, version: str, registry: Registered) -> None:
+    """Remove a version that nothing depends on; 409 lists what does."""
+    registry.delete_version(version_ref(adapter, version))
+
+
 @router.get(f"{ADAPTER}/bases", summary="List the bases that an adapter fits", tags=["compatibility"])
 def bases_for(
     adapter: AdapterName,
@@ -154,8 +198,7 @@ def bases_for(
 @router.get(f"{ADAPTER}/inspect", summary="Inspect a version")
 def inspect(adapter: AdapterName, registry: Registered, version: VersionQuery = None) -> dict[str, Any]:
     """What a version holds, tensor by tensor."""
-    info = registry.get_version(version_ref(adapter, version))
-    return registry.inspect(f"{info.name}@{info.digest}")
+    return registry.inspect(version_ref(adapter, version))
 
 
 @router.get(f"{ADAPTER}/files/{{filename:path}}", summary="Download a file of a version", response_class=Response)
@@ -163,7 +206,7 @@ def download(
     request: Request, adapter: AdapterName, filename: str, registry: Registered, version: VersionQuery = None
 ) -> Response:
     """One file; its ETag is the sha256 of its bytes."""
-    info = registry.get_version(version_ref(adapter, version))
+    info = registry.usable_version(version_ref(adapter, version))
     entry = next((file for file in info.files if file.name == filename), None)
     if entry is None:
         raise NotFoundError(

@@ -24,6 +24,7 @@ UPLOAD = form_body(
     name="the base's name; default: made from the upload",
     parent="the base it was made from",
     relation="finetune, quantized, merged or resized",
+    license="an SPDX expression; default: the one of README.md",
 )
 
 
@@ -53,30 +54,31 @@ async def add_base(
     return base
 
 
-def _fields(upload: Upload) -> tuple[str | None, str | None, Relation | None]:
-    """Name, parent and relation of an upload, whose folder takes the name."""
-    upload.only("name", "parent", "relation")
+def _fields(upload: Upload) -> dict[str, Any]:
+    """Name, parent, relation and licence of an upload, whose folder takes the name."""
+    upload.only("name", "parent", "relation", "license")
     name, parent, relation = upload.text("name"), upload.text("parent"), upload.text("relation")
     if relation is not None and relation not in list(Relation):
         raise UsageError(f"unknown relation {relation!r}", expected=list(Relation), found=relation)
     upload.rename(name)
     parent = None if parent is None else refuse_path(parent, "the parent", base=True)
-    return name, parent, None if relation is None else Relation(relation)
+    return {"name": name, "parent": parent, "relation": None if relation is None else Relation(relation),
+            "license": upload.text("license")}  # fmt: skip
 
 
 def _queue(upload: Upload, jobs: Jobs) -> JobInfo:
     with upload:
-        name, parent, relation = _fields(upload)
+        fields = _fields(upload)
         open_checkpoint(upload.folder)  # what is no checkpoint is refused at once
-        job = jobs.submit_base(upload.folder, name, parent, relation)
+        job = jobs.submit_base(upload.folder, **fields)
         upload.keep()
         return job
 
 
 def _register(upload: Upload, registry: Registered) -> BaseInfo:
     with upload:
-        name, parent, relation = _fields(upload)
-        base: BaseInfo = registry.add_base(upload.folder, name=name, parent=parent, relation=relation)
+        fields = _fields(upload)
+        base: BaseInfo = registry.add_base(upload.folder, **fields)
         if base.created or Path(base.location) == upload.folder.resolve():
             upload.keep()  # a base is registered by reference: its files stay where they are
     return base
@@ -115,6 +117,17 @@ def verify(name: str, response: Response, jobs: Jobs) -> JobInfo:
     job = jobs.submit_verify(refuse_path(name, "the base", base=True))
     response.headers["Location"] = f"/api/v1/jobs/{job.id}"
     return job
+
+
+@router.delete(
+    "/bases/{name}",
+    summary="Remove a base model",
+    status_code=204,
+    dependencies=[Depends(require(Scope.ADMIN, everywhere=True))],
+)
+def remove(name: str, registry: Registered) -> None:
+    """Forget a base that nothing needs; 409 lists what does."""
+    registry.remove_base(refuse_path(name, "the base", base=True))
 
 
 @router.get("/bases/{name}/inspect", summary="Inspect a base model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Response
 
 from composer.recipe import Recipe
 from registry.access import Scope
@@ -20,8 +22,13 @@ def plan(body: RecipeRequest | Recipe, registry: Registered) -> PlanInfo:
 
 
 @router.post("/compositions", summary="Compose", status_code=202, dependencies=[Depends(require(Scope.COMPOSE))])
-def compose(body: RecipeRequest | Recipe, response: Response, jobs: Jobs) -> JobInfo:
+def compose(
+    body: RecipeRequest | Recipe,
+    response: Response,
+    jobs: Jobs,
+    accept_licences: Annotated[bool, Query(description="go on even where licences conflict")] = False,
+) -> JobInfo:
     """Queue a job that composes the recipe; Location names it. The very same recipe again is the same job."""
-    job = jobs.submit(to_recipe(body))
+    job = jobs.submit(to_recipe(body), accept_licences=accept_licences)
     response.headers["Location"] = f"/api/v1/jobs/{job.id}"
     return job

@@ -7,9 +7,11 @@ from fastapi import APIRouter, Depends
 from registry import __version__
 from registry.access import Scope
 from registry.api.deps import Registered, require
-from registry.api.schemas import DoctorReport, Health
+from registry.api.schemas import CollectRequest, DoctorReport, Health
+from registry.schemas import Collected
 
 router = APIRouter(tags=["service"])
+ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
 outside = APIRouter(tags=["service"])
 
 
@@ -17,6 +19,12 @@ outside = APIRouter(tags=["service"])
 def healthz() -> Health:
     """Ask nothing of the database or the store."""
     return Health(version=__version__)
+
+
+@router.post("/collections", summary="Remove what nothing names", dependencies=ADMIN)
+def collect(body: CollectRequest, registry: Registered) -> Collected:
+    """Stored files, uploads and outputs that are old enough; with `dry_run`, only counted."""
+    return registry.collect(**body.model_dump())
 
 
 @router.get("/doctor", summary="Is everything in place?", dependencies=[Depends(require(Scope.ADMIN))])
