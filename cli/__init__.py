@@ -1,7 +1,7 @@
 """The command line: parses, calls a registry.interface.Registry, prints.
 
 main.py           the group, global options, failures to exit codes
-base.py           base add|list|show|verify|remove
+base.py           base add|list|show|verify|lineage|remove
 adapters.py       publish, list, show, versions, search, alias, pull, visibility
 lifecycle.py      yank, deprecate, quarantine, delete, gc
 compatibility.py  compatible, bases, check

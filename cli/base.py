@@ -94,6 +94,19 @@ def verify(settings: Settings, name: str) -> None:
 @click.argument("name")
 @common_options
 @pass_settings
+def lineage(settings: Settings, name: str) -> None:
+    """Show the ancestors and descendants of the base NAME, what the weights say of each, and whom they suggest."""
+    from cli.views import lineage_table
+
+    line = settings.registry.lineage(name)
+    relatives = [*line.ancestors, *line.descendants]
+    emit(settings, line, lambda: lineage_table(line), lambda: [edge.name for edge in relatives])
+
+
+@base.command()
+@click.argument("name")
+@common_options
+@pass_settings
 def remove(settings: Settings, name: str) -> None:
     """Forget the base NAME; refused while adapters, other bases or recorded compositions need it.
 

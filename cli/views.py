@@ -19,6 +19,7 @@ from registry.schemas import (
     DoctorCheck,
     FileInfo,
     JobInfo,
+    LineageInfo,
     NamespaceInfo,
     PlanInfo,
     TokenInfo,
@@ -41,6 +42,7 @@ __all__ = [
     "inspection",
     "job_block",
     "job_table",
+    "lineage_table",
     "namespace_table",
     "plan_block",
     "token_table",
@@ -167,6 +169,19 @@ def audit_table(entries: Sequence[AuditEntry]) -> str:
     return table(("AT", "SUBJECT", "TOKEN", "ACTION", "TARGET", "DETAIL"), rows, "nothing was changed yet")
 
 
+def lineage_table(line: LineageInfo) -> str:
+    """One line a relative, the farthest ancestor first."""
+    rows = []
+    lines = (("ancestor", line.ancestors[::-1]), ("descendant", line.descendants), ("suggested", line.suggestions))
+    for what, edges in lines:
+        for edge in edges:
+            share = f"{edge.evidence.shared_parameters:.1%}" if edge.evidence else None
+            how = f"{edge.relation} of {edge.parent}" if edge.parent else None
+            rows.append((what, edge.depth or None, edge.name, how, share, "yes" if edge.verified else None))
+    headers = ("", "STEPS", "BASE", "DECLARED", "SHARED WEIGHTS", "VERIFIED")
+    return table(headers, rows, f"{line.name} has no relatives")
+
+
 def collected_block(found: Collected) -> str:
     """What went, or would go."""
     return block(
@@ -221,6 +236,8 @@ def version_block(version: VersionInfo) -> str:
             ("base", _base_of(version)),
             ("base hash", version.base_fingerprint),
             ("trained on", version.base_name),
+            ("task", version.task),
+            ("downloads", version.downloads),
             ("license", version.license),
             ("state", None if version.state.value == "published" else f"{version.state}: {version.state_reason}"),
             ("deprecated", version.deprecated),

@@ -41,6 +41,7 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    LineageInfo,
     NamespaceInfo,
     NewToken,
     Page,
@@ -216,18 +217,37 @@ class RemoteRegistry:
             "/adapters", Page[VersionInfo], namespace=namespace, kind=kind, base=base, limit=limit, cursor=cursor
         )
 
-    def search(self, text: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
-        """Adapters that hold every word."""
-        return self._get("/search", Page[VersionInfo], q=text, limit=limit, cursor=cursor)
+    def search(
+        self,
+        text: str = "",
+        *,
+        namespace: str | None = None,
+        kind: str | None = None,
+        rank: int | None = None,
+        task: str | None = None,
+        license: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[VersionInfo]:
+        """Latest versions with these properties."""
+        wanted = {"q": text, "namespace": namespace, "kind": kind, "rank": rank, "task": task, "license": license,
+                  "base": base, "tag": tag}  # fmt: skip
+        return self._get("/search", Page[VersionInfo], **wanted, limit=limit, cursor=cursor)
+
+    def lineage(self, base: str) -> LineageInfo:
+        """The line of a base."""
+        return self._get(f"{_base(base)}/lineage", LineageInfo)
 
     def get_version(self, ref: str) -> VersionInfo:
         """One version."""
         path, version = _adapter(ref)
         return self._get(path, VersionInfo, version=version)
 
-    def list_versions(self, name: str) -> tuple[VersionInfo, ...]:
-        """All versions, newest first."""
-        return self._get(f"{_adapter(name)[0]}/versions", Page[VersionInfo]).items
+    def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
+        """All versions, the highest first."""
+        return self._get(f"{_adapter(name)[0]}/versions", Page[VersionInfo], limit=limit, cursor=cursor)
 
     def set_alias(self, ref: str, alias: str) -> VersionInfo:
         """Create or move an alias."""
@@ -250,14 +270,20 @@ class RemoteRegistry:
             sink.commit()
         return info
 
-    def compatible(self, base: str, *, level: Level = Level.SHAPE) -> tuple[CompatibleAdapter, ...]:
+    def compatible(
+        self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[CompatibleAdapter]:
         """Latest versions that fit a base."""
-        return self._get(f"{_base(base)}/adapters", Page[CompatibleAdapter], level=level.value).items
+        path = f"{_base(base)}/adapters"
+        return self._get(path, Page[CompatibleAdapter], level=level.value, limit=limit, cursor=cursor)
 
-    def bases_for(self, ref: str, *, level: Level = Level.SHAPE) -> tuple[BaseFit, ...]:
+    def bases_for(
+        self, ref: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[BaseFit]:
         """Registered bases that an adapter fits."""
         path, version = _adapter(ref)
-        return self._get(f"{path}/bases", Page[BaseFit], version=version, level=level.value).items
+        wanted = {"version": version, "level": level.value, "limit": limit, "cursor": cursor}
+        return self._get(f"{path}/bases", Page[BaseFit], **wanted)
 
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair."""

@@ -25,6 +25,7 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    LineageInfo,
     NamespaceInfo,
     NewToken,
     Page,
@@ -136,16 +137,36 @@ class Registry(Protocol):
         """The latest version of each adapter, by name."""
         ...
 
-    def search(self, text: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
-        """Adapters whose name, description, tags, base or target modules hold every word of `text`."""
+    def search(
+        self,
+        text: str = "",
+        *,
+        namespace: str | None = None,
+        kind: str | None = None,
+        rank: int | None = None,
+        task: str | None = None,
+        license: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[VersionInfo]:
+        """Latest versions with these properties, newest first.
+
+        text: words with which words of name, description, tags, base or target modules begin; all must be there.
+        """
+        ...
+
+    def lineage(self, base: str) -> LineageInfo:
+        """Ancestors and descendants of a base, and bases that its weights suggest."""
         ...
 
     def get_version(self, ref: str) -> VersionInfo:
         """One version by ``name``, ``name@1.0.0``, ``name@alias`` or ``name@sha256:…``."""
         ...
 
-    def list_versions(self, name: str) -> tuple[VersionInfo, ...]:
-        """All versions of an adapter, newest first."""
+    def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
+        """All versions of an adapter, the highest first."""
         ...
 
     def set_alias(self, ref: str, alias: str) -> VersionInfo:
@@ -160,12 +181,16 @@ class Registry(Protocol):
         """Write a version's files into the new folder `out`, each checked against its digest."""
         ...
 
-    def compatible(self, base: str, *, level: Level = Level.SHAPE) -> tuple[CompatibleAdapter, ...]:
-        """Latest versions that fit `base` at `level` or better, best first."""
+    def compatible(
+        self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[CompatibleAdapter]:
+        """Latest versions that fit `base` at `level` or better, best first, then the newest."""
         ...
 
-    def bases_for(self, ref: str, *, level: Level = Level.SHAPE) -> tuple[BaseFit, ...]:
-        """Registered bases that an adapter fits at `level` or better, best first."""
+    def bases_for(
+        self, ref: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[BaseFit]:
+        """Registered bases that an adapter fits at `level` or better, best first, then by name."""
         ...
 
     def check(self, adapter: str, base: str) -> Verdict:

@@ -1,7 +1,7 @@
 """The catalogue's tables. Constraints live here, in the database, so that no code path can break them.
 
-    base_models ── base_files, base_tensors (leaves), parent (lineage)
-    adapters ── adapter_versions ── version_files, version_targets (signature)
+    base_models ── base_files, base_tensors (leaves), parent and base_closure (lineage)
+    adapters ── adapter_versions ── version_files, version_tags, version_downloads, signature ── signature_targets
              └─ aliases ──┘
     jobs            what runs in the background: one a compose, a base to fingerprint …
     tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
@@ -37,6 +37,7 @@ __all__ = [
     "AdapterRow",
     "AliasRow",
     "AuditRow",
+    "BaseClosureRow",
     "BaseFileRow",
     "BaseModelRow",
     "BaseTensorRow",
@@ -46,11 +47,14 @@ __all__ = [
     "MemberRow",
     "Model",
     "QuarantineRow",
+    "SignatureRow",
+    "SignatureTargetRow",
     "TokenRow",
     "TombstoneRow",
+    "VersionDownloadsRow",
     "VersionFileRow",
     "VersionRow",
-    "VersionTargetRow",
+    "VersionTagRow",
 ]
 
 # SQLite only numbers INTEGER primary keys by itself.
@@ -140,6 +144,20 @@ class BaseFileRow(Model):
     sha256: Mapped[str] = mapped_column(String(64))
 
 
+class BaseClosureRow(Model):
+    """A pair of an ancestor and a descendant, and how many edges lie between them."""
+
+    __tablename__ = "base_closure"
+    __table_args__ = (
+        CheckConstraint("depth > 0", name="depth"),
+        Index("ix_base_closure_descendant", "descendant_id", "depth"),
+    )
+
+    ancestor_id: Mapped[int] = mapped_column(ForeignKey("base_models.id", ondelete="CASCADE"), primary_key=True)
+    descendant_id: Mapped[int] = mapped_column(ForeignKey("base_models.id", ondelete="CASCADE"), primary_key=True)
+    depth: Mapped[int] = mapped_column(Integer)
+
+
 class BaseTensorRow(Model):
     """One leaf of a fingerprint."""
 
@@ -178,6 +196,17 @@ class AdapterRow(Model):
         return f"{self.namespace}/{self.name}"
 
 
+# Indexes of the latest versions only: pages of them, newest first, are read from one.
+LATEST_BY = {
+    "base": ("base_fingerprint",),
+    "values": ("base_value_root", "base_config_digest"),
+    "signature": ("signature",),
+    "kind": ("kind",),
+    "task": ("task",),
+    "id": (),
+}
+
+
 class VersionRow(Model):
     """One immutable version. `sort_key` orders semantic versions as text."""
 
@@ -187,7 +216,11 @@ class VersionRow(Model):
         CheckConstraint("digest LIKE 'sha256:%' AND length(digest) = 71", name="digest"),
         CheckConstraint("base_fingerprint LIKE 'wf1:%' AND length(base_fingerprint) = 68", name="base_fingerprint"),
         Index("ix_adapter_versions_latest", "adapter_id", "prerelease", "sort_key"),
-        Index("ix_adapter_versions_base", "base_fingerprint", "created_at", "id"),
+        Index("ix_adapter_versions_base", "base_fingerprint", "id"),
+        *(
+            Index(f"ix_latest_{name}", *columns, "id", sqlite_where=text("latest"), postgresql_where=text("latest"))
+            for name, columns in LATEST_BY.items()
+        ),
         Index("ix_adapter_versions_digest", "digest"),
         CheckConstraint("state IN ('published', 'yanked', 'quarantined')", name="state"),
         CheckConstraint("(state = 'published') = (state_reason IS NULL)", name="state_reason"),
@@ -218,6 +251,9 @@ class VersionRow(Model):
     tags: Mapped[list[str]] = mapped_column(JSON)
     description: Mapped[str] = mapped_column(Text, default="")
     search_text: Mapped[str] = mapped_column(Text)
+    # The digest of a SignatureRow; no foreign key, because SQLite cannot drop a column that has one.
+    signature: Mapped[str | None] = mapped_column(String(64))
+    task: Mapped[str | None] = mapped_column(String(50))
     latest: Mapped[bool] = mapped_column(default=False)
     state: Mapped[str] = mapped_column(String(20), default="published")
     state_reason: Mapped[str | None] = mapped_column(Text)
@@ -227,7 +263,7 @@ class VersionRow(Model):
 
     adapter: Mapped[AdapterRow] = relationship(back_populates="versions", lazy="joined")
     files: Mapped[list[VersionFileRow]] = relationship(cascade="all, delete-orphan", order_by="VersionFileRow.name")
-    targets: Mapped[list[VersionTargetRow]] = relationship(cascade="all, delete-orphan")
+    labels: Mapped[list[VersionTagRow]] = relationship(cascade="all, delete-orphan")
 
 
 class VersionFileRow(Model):
@@ -242,14 +278,44 @@ class VersionFileRow(Model):
     sha256: Mapped[str] = mapped_column(String(64))
 
 
-class VersionTargetRow(Model):
-    """One base parameter that a version touches, with the shape it needs."""
+class SignatureRow(Model):
+    """What an adapter touches, named by its digest: many versions share one."""
 
-    __tablename__ = "version_targets"
+    __tablename__ = "signatures"
 
-    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+    targets: Mapped[list[SignatureTargetRow]] = relationship(cascade="all, delete-orphan")
+
+
+class SignatureTargetRow(Model):
+    """One base parameter of a signature, with the shape it needs."""
+
+    __tablename__ = "signature_targets"
+
+    signature: Mapped[str] = mapped_column(ForeignKey("signatures.digest", ondelete="CASCADE"), primary_key=True)
     parameter: Mapped[str] = mapped_column(String(1024), primary_key=True)
     shape: Mapped[list[int]] = mapped_column(JSON)
+
+
+class VersionTagRow(Model):
+    """One tag of a version."""
+
+    __tablename__ = "version_tags"
+    __table_args__ = (Index("ix_version_tags_version", "version_id"),)
+
+    tag: Mapped[str] = mapped_column(String(200), primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+
+
+class VersionDownloadsRow(Model):
+    """How often a version was downloaded; apart, so that counting does not rewrite wide rows."""
+
+    __tablename__ = "version_downloads"
+    __table_args__ = (CheckConstraint("count > 0", name="count"),)
+
+    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+    count: Mapped[int] = mapped_column(BigInteger)
 
 
 class AliasRow(Model):

@@ -30,6 +30,9 @@ __all__ = [
     "Level",
     "LicenceLevel",
     "LicenceVerdict",
+    "LineageEdge",
+    "LineageEvidence",
+    "LineageInfo",
     "Member",
     "NamespaceInfo",
     "NewToken",
@@ -130,6 +133,36 @@ class Verdict(Schema):
     reasons: tuple[Reason, ...] = ()
 
 
+class LineageEvidence(Schema):
+    """What the weights of two bases say of a line between them; tensors of one dimension are left out."""
+
+    same_layout: bool = Field(description="the same names, shapes and number formats")
+    tensors: int
+    shared_tensors: int = Field(description="the same bits, or the same values in bf16")
+    shared_parameters: float = Field(description="the share of parameters in these")
+
+
+class LineageEdge(Schema):
+    """A relative of a base, with the edge to its own parent."""
+
+    name: str
+    fingerprint: str
+    depth: int = Field(description="edges between the two; 0 for a suggestion")
+    parent: str | None
+    relation: Relation | None
+    evidence: LineageEvidence | None
+    verified: bool = Field(description="whether it shares weights with its parent, bit for bit")
+
+
+class LineageInfo(Schema):
+    """The line of a base."""
+
+    name: str
+    ancestors: tuple[LineageEdge, ...]
+    descendants: tuple[LineageEdge, ...]
+    suggestions: tuple[LineageEdge, ...] = Field(description="bases with the same weights in part, and no line")
+
+
 class FileInfo(Schema):
     """One file of a version, a base or a composition."""
 
@@ -186,6 +219,8 @@ class VersionInfo(Schema):
     deprecated: str | None = Field(default=None, description="why it should no longer be used")
     successor: str | None = Field(default=None, description="what to use in its place")
     private: bool = Field(default=False, description="whether only members of the namespace see it")
+    task: str | None = Field(default=None, description="such as CAUSAL_LM")
+    downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
     created_at: datetime

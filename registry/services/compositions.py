@@ -36,8 +36,9 @@ from registry.licences import assess_licences
 from registry.lifecycle import deprecation, require_usable
 from registry.models import BaseFileRow, BaseModelRow, CompositionInputRow, CompositionRow, VersionRow
 from registry.schemas import CompositionInfo, Level, LicenceLevel, LicenceVerdict, PlanInfo, PlannedAdapter, Verdict
-from registry.services.catalogue import base_facts, find_base, find_version, version_claim, version_verdict
+from registry.services.catalogue import base_facts, find_base, find_version, version_claim
 from registry.services.lifecycle import refuse_quarantined
+from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
 from registry.store.local import LocalStore

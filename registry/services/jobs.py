@@ -268,7 +268,7 @@ class JobService:
             return False
         try:
             for term in Recipe.model_validate(row.request["recipe"]).adapters:
-                self._registry.list_versions(term.ref)
+                self._registry.get_version(term.ref)
         except NotFoundError:
             return False
         return True

@@ -32,6 +32,7 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    LineageInfo,
     NamespaceInfo,
     NewToken,
     Page,
@@ -48,11 +49,15 @@ from registry.services.collection import Collection
 from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
+from registry.services.downloads import Downloads
 from registry.services.inspection import Inspection
 from registry.services.jobs import JobService
 from registry.services.lifecycle import Lifecycle
+from registry.services.lineage import Lineage
+from registry.services.matching import Matching
 from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
+from registry.services.search import Query, Search
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
@@ -88,10 +93,14 @@ class LocalRegistry:
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)
         self._namespaces = Namespaces(self.engine)
+        self._search = Search(self.engine)
+        self._lineage = Lineage(self.engine)
+        self._matching = Matching(self.engine)
         self._lifecycle = Lifecycle(self.engine)
         self._collection = Collection(self.engine, layout)
         self._audit = AuditLog(self.engine)
         self.tokens = Tokens(self.engine)
+        self.downloads = Downloads(self.engine)
 
     def acting_as(self, principal: Principal) -> LocalRegistry:
         """The same registry as `principal` may see and change it."""
@@ -99,6 +108,7 @@ class LocalRegistry:
             return self
         other = LocalRegistry(self.layout, self.engine.execution_options(principal=principal))
         other._jobs = self._jobs.over(other, principal)
+        other.downloads = self.downloads
         return other
 
     def authenticator(self) -> TokenAuthenticator:
@@ -111,7 +121,8 @@ class LocalRegistry:
         return self.layout.home
 
     def close(self) -> None:
-        """Release the database."""
+        """Write what was counted and release the database."""
+        self.downloads.write()
         self.engine.dispose()
 
     def add_base(
@@ -191,14 +202,31 @@ class LocalRegistry:
     ) -> Page[VersionInfo]:
         return self._catalogue.list_adapters(limit, cursor, namespace=namespace, kind=kind, base=base)
 
-    def search(self, text: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
-        return self._catalogue.list_adapters(limit, cursor, words=tuple(text.split()))
+    def search(
+        self,
+        text: str = "",
+        *,
+        namespace: str | None = None,
+        kind: str | None = None,
+        rank: int | None = None,
+        task: str | None = None,
+        license: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[VersionInfo]:
+        query = Query(text, namespace, kind, rank, task, license, base, tag)
+        return self._search.page(query, limit, cursor)
+
+    def lineage(self, base: str) -> LineageInfo:
+        return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
         return self._catalogue.get_version(*split_reference(ref))
 
-    def list_versions(self, name: str) -> tuple[VersionInfo, ...]:
-        return self._catalogue.list_versions(name)
+    def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
+        return self._catalogue.list_versions(name, limit, cursor)
 
     def set_alias(self, ref: str, alias: str) -> VersionInfo:
         return self._catalogue.set_alias(*split_reference(ref), alias)
@@ -220,13 +248,22 @@ class LocalRegistry:
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
         info = self.usable_version(ref)
         pull_files(self.store, info.files, out, progress)
+        self.count_download(info)
         return info
 
-    def compatible(self, base: str, *, level: Level = Level.SHAPE) -> tuple[CompatibleAdapter, ...]:
-        return self._catalogue.compatible(base, level)
+    def count_download(self, info: VersionInfo) -> None:
+        """One download of this version more; counts are written every few seconds, and when the registry is closed."""
+        self.downloads.count(self._catalogue.version_id(info.name, info.version))
 
-    def bases_for(self, ref: str, *, level: Level = Level.SHAPE) -> tuple[BaseFit, ...]:
-        return self._catalogue.bases_for(*split_reference(ref), level)
+    def compatible(
+        self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[CompatibleAdapter]:
+        return self._matching.compatible(base, level, limit, cursor)
+
+    def bases_for(
+        self, ref: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[BaseFit]:
+        return self._matching.bases_for(*split_reference(ref), level, limit, cursor)
 
     def check(self, adapter: str, base: str) -> Verdict:
         return self._compositions.check(adapter, base)

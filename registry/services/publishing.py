@@ -8,6 +8,8 @@ Blobs come first and are harmless alone; the row makes a version visible.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 from sqlalchemy.orm import Session
 
-from composer.adapters import Adapter, open_adapter
+from composer.adapters import Adapter, Target, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import sha256_file
@@ -34,18 +36,22 @@ from registry.models import (
     BaseFileRow,
     BaseModelRow,
     BaseTensorRow,
+    SignatureRow,
+    SignatureTargetRow,
     TombstoneRow,
     VersionFileRow,
     VersionRow,
-    VersionTargetRow,
+    VersionTagRow,
 )
 from registry.names import Version, adapter_name, base_name, slug
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
 from registry.services.audit import acting, record
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
+from registry.services.lineage import set_parent
 from registry.services.namespaces import require_role
 from registry.store.local import LocalStore
+from registry.words import index_text
 
 __all__ = ["Publishing", "publishable_files"]
 
@@ -129,8 +135,6 @@ class Publishing:
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
             row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
-            if parent:
-                row.parent, row.relation = find_base(session, parent), relation.value if relation else None
             row.files = (
                 [
                     BaseFileRow(name=file, size=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns, sha256=sha256)
@@ -140,6 +144,8 @@ class Publishing:
                 else _merged_files(row, files)
             )
             session.add(row)
+            if parent and relation:
+                set_parent(session, row, find_base(session, parent), relation)
             record(session, "base.add", row.name, fingerprint=row.fingerprint, parent=parent)
             session.flush()
             return base_info(row, len(row.tensors), created=same is None)
@@ -366,17 +372,33 @@ class Publishing:
             license=license or card.license,
             tags=list(labels),
             description=text,
-            search_text=" ".join(
-                (owner.full_name, text, *labels, claim.name or "", signature.kind, *signature.target_modules)
-            ).lower(),
+            search_text=index_text(
+                owner.full_name, text, *labels, claim.name or "", signature.kind, *signature.target_modules
+            ),
+            signature=_signature(session, signature.targets),
+            task=_short(adapter.config.get("task_type"), 50),
             files=files,
-            targets=[VersionTargetRow(parameter=t.parameter, shape=list(t.shape)) for t in signature.targets],
+            labels=[VersionTagRow(tag=tag) for tag in labels if len(tag) <= 200],
         )
         session.add(row)
         record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
         refresh_latest(session, owner.id)
         session.refresh(row)
         return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+
+
+def _signature(session: Session, targets: tuple[Target, ...]) -> str:
+    """The digest of what an adapter touches, stored once for all who touch the same."""
+    found = sorted((target.parameter, list(target.shape)) for target in targets)
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    if session.get(SignatureRow, digest) is None:
+        rows = [SignatureTargetRow(parameter=parameter, shape=shape) for parameter, shape in found]
+        session.add(SignatureRow(digest=digest, targets=rows))
+    return digest
+
+
+def _short(value: object, limit: int) -> str | None:
+    return value if isinstance(value, str) and len(value) <= limit else None
 
 
 def _was_deleted(session: Session, name: tuple[str, str], version: Version) -> bool:

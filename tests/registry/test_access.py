@@ -76,7 +76,7 @@ def test_a_private_adapter_does_not_exist_for_others(registry: LocalRegistry, tm
     assert [item.name for item in reader.list_adapters().items] == ["team/open", "team/secret"]
     assert [item.name for item in bob.list_adapters().items] == ["team/open"]
     assert [item.name for item in bob.search("team").items] == ["team/open"]
-    assert [fit.adapter.name for fit in bob.compatible("base")] == ["team/open"]
+    assert [fit.adapter.name for fit in bob.compatible("base").items] == ["team/open"]
     with pytest.raises(AdapterNotFoundError) as never:
         bob.get_version("team/never")
     for read in (

@@ -29,6 +29,7 @@ router = APIRouter(tags=["adapters"])
 
 PUBLISH = [Depends(require(Scope.PUBLISH))]
 ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
+WEIGHTS = (".safetensors", ".npz")
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -93,12 +94,24 @@ def list_adapters(
 @router.get("/search", summary="Search adapters")
 def search(
     registry: Registered,
-    q: Annotated[str, Query(min_length=1, description="words that must all be there")],
+    q: Annotated[str, Query(max_length=1000, description="beginnings of words that must all be there")] = "",
+    namespace: str | None = None,
+    kind: Annotated[str | None, Query(description="such as lora")] = None,
+    rank: Annotated[int | None, Query(ge=1, le=1 << 16)] = None,
+    task: Annotated[str | None, Query(description="such as CAUSAL_LM")] = None,
+    license: Annotated[str | None, Query(description="an SPDX expression")] = None,
+    base: Annotated[str | None, Query(description="a registered base")] = None,
+    tag: str | None = None,
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> Page[VersionInfo]:
-    """Adapters whose name, description, tags, base or target modules hold every word."""
-    return registry.search(q, limit=limit, cursor=cursor)
+    """Latest versions with these properties, newest first."""
+    if base is not None:
+        refuse_path(base, "the base", base=True)
+    return registry.search(
+        q, namespace=namespace, kind=kind, rank=rank, task=task, license=license, base=base, tag=tag,
+        limit=limit, cursor=cursor,
+    )  # fmt: skip
 
 
 @router.get("/check", summary="Check one adapter against one base", tags=["compatibility"])
@@ -118,9 +131,11 @@ def get_version(adapter: AdapterName, registry: Registered, version: VersionQuer
 
 
 @router.get(f"{ADAPTER}/versions", summary="List versions")
-def list_versions(adapter: AdapterName, registry: Registered) -> Page[VersionInfo]:
-    """All versions of an adapter, newest first."""
-    return Page[VersionInfo](items=registry.list_versions(adapter))
+def list_versions(
+    adapter: AdapterName, registry: Registered, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+) -> Page[VersionInfo]:
+    """All versions of an adapter, the highest first."""
+    return registry.list_versions(adapter, limit=limit, cursor=cursor)
 
 
 @router.put(f"{ADAPTER}/aliases/{{alias}}", summary="Point an alias at a version", dependencies=PUBLISH)
@@ -190,9 +205,11 @@ def bases_for(
     registry: Registered,
     version: VersionQuery = None,
     level: Annotated[Level, Query(description="the weakest level that counts")] = Level.SHAPE,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
 ) -> Page[BaseFit]:
-    """Registered bases that fit at `level` or better, best first."""
-    return Page[BaseFit](items=registry.bases_for(version_ref(adapter, version), level=level))
+    """Registered bases that fit at `level` or better, best first, then by name."""
+    return registry.bases_for(version_ref(adapter, version), level=level, limit=limit, cursor=cursor)
 
 
 @router.get(f"{ADAPTER}/inspect", summary="Inspect a version")
@@ -215,4 +232,6 @@ def download(
             found=filename,
         )
     path = registry.version_files(f"{info.name}@{info.digest}")[filename]
+    if filename.endswith(WEIGHTS) and "range" not in request.headers:
+        registry.count_download(info)
     return file_response(request, path, filename, entry.sha256)

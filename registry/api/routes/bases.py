@@ -15,7 +15,7 @@ from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, Registered, re
 from registry.api.rules import refuse_path
 from registry.api.schemas import form_body
 from registry.api.uploads import Upload, receive
-from registry.schemas import BaseInfo, CompatibleAdapter, JobInfo, Level, Page, Relation
+from registry.schemas import BaseInfo, CompatibleAdapter, JobInfo, Level, LineageInfo, Page, Relation
 
 router = APIRouter(tags=["bases"])
 
@@ -95,9 +95,17 @@ def compatible(
     name: str,
     registry: Registered,
     level: Annotated[Level, Query(description="the weakest level that counts")] = Level.SHAPE,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
 ) -> Page[CompatibleAdapter]:
-    """Latest versions that fit the base at `level` or better, best first."""
-    return Page[CompatibleAdapter](items=registry.compatible(refuse_path(name, "the base", base=True), level=level))
+    """Latest versions that fit the base at `level` or better, best first, then the newest."""
+    return registry.compatible(refuse_path(name, "the base", base=True), level=level, limit=limit, cursor=cursor)
+
+
+@router.get("/bases/{name}/lineage", summary="Show the line of a base model")
+def lineage(name: str, registry: Registered) -> LineageInfo:
+    """Ancestors and descendants, with what the weights say of each edge; and bases that the weights suggest."""
+    return registry.lineage(refuse_path(name, "the base", base=True))
 
 
 @router.get("/bases/{name}", summary="Show a base model")
