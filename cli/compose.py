@@ -55,6 +55,9 @@ def recipe_options(command: F) -> F:
         help="The weakest compatibility to accept.",
     )(command)
     command = click.option(
+        "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
+    )(command)
+    command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
     )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)

@@ -145,6 +145,7 @@ class Recipe(_Model):
     export: Export = Export.SAFETENSORS
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
     allow: Allow = Allow.SAME_VALUES
+    untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
     base_precision: BasePrecision = BasePrecision.QUANTISED
     original: str | None = Field(
         default=None, min_length=1, description="the base that a quantised one was made of; None: its declared parent"
@@ -207,7 +208,7 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         f"cannot read the recipe in {path}: {found}",
         expected=sorted(Recipe.model_fields),
         found=found,
-        remedy="write base, adapters (each with ref, weight, modules), method, parameters, dtype, export",
+        remedy="write base, adapters (each with ref, weight, modules), method, parameters, dtype, export, untie",
     )
 
 

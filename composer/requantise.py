@@ -36,7 +36,7 @@ from composer.sinks import FolderSink
 from composer.tensors import DTYPES, TensorSpec, encode_header
 from composer.writer import HashingWriter, Staging
 
-__all__ = ["check_requantise", "requantise", "requantised_files"]
+__all__ = ["check_requantise", "requantise", "requantised_companions", "requantised_files"]
 
 SAMPLE = 1 << 18  # numbers of a tensor whose survival is measured: the grid's noise needs more of them than rounding's
 
@@ -65,6 +65,13 @@ def check_requantise(plan: Plan) -> None:
             found={"dtype": recipe.dtype.value, "export": recipe.export.value},
             remedy="leave one of them out",
         )
+    if plan.config_changes:
+        raise RecipeError(
+            "requantise writes the base's own tensors: this result has others",
+            expected="no untied ends, replicated layers or resized vocabulary",
+            found=plan.config_changes,
+            remedy="compose without requantise, and quantise the result with the library that quantised the base",
+        )
     layers = [tensor for tensor in plan.quantised.tensors.values() if isinstance(tensor, QuantisedTensor)]
     if scheme is None or not all(isinstance(tensor.decoder, Encodable) for tensor in layers):
         raise UnsupportedQuantisationError(
@@ -83,6 +90,12 @@ def requantised_files(plan: Plan) -> dict[str, int]:
         header = encode_header([(spec.name, spec.dtype, spec.shape) for spec in specs], {"format": "pt"})
         files[shard.name] = len(header) + sum(spec.nbytes for spec in specs)
     return files
+
+
+def requantised_companions(plan: Plan) -> Iterator[tuple[str, bytes]]:
+    """The base's own small files: the result is that base with other numbers."""
+    for name in copy_names(plan.quantised.files):
+        yield name, plan.quantised.files[name].read_bytes()
 
 
 def requantise(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
@@ -110,8 +123,8 @@ def requantise(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
     _check_survival(plan, survival)
     if plan.quantised.sharded:
         sink.write(INDEX, index_file(weight_map, done))
-    for name in copy_names(plan.quantised.files):
-        sink.write(name, plan.quantised.files[name].read_bytes())
+    for name, data in requantised_companions(plan):
+        sink.write(name, data)
     return survival
 
 

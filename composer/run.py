@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from composer.checkpoint import INDEX
+from composer.companions import companion_files
 from composer.exporters import check_export, find_exporter, find_plan_exporter
-from composer.files import copy_names, read_json
 from composer.kernels import (
     LoadedTerm,
     Survival,
@@ -48,7 +48,6 @@ Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 15, 16
 LOCAL = threading.local()
 STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
-CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +114,10 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
         for shard in shards:
             survival.merge(shard.result())
     if plan.checkpoint.sharded:
-        weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
+        weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
         sink.write(INDEX, index_file(weight_map, sum(job.nbytes for job in plan.jobs)))
-    for name in copy_names(plan.checkpoint.files):
-        if name != "config.json":
-            sink.write(name, plan.checkpoint.files[name].read_bytes())
-    sink.write("config.json", _config(plan))
+    for name, data in companion_files(plan):
+        sink.write(name, data)
     return survival
 
 
@@ -304,7 +301,7 @@ def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Surviv
         job.source.read_into(first, view)
         base = block.copy()
         block[:] = merge_block(base, terms, start, _method(plan, job), job.dtype)[0]
-        check_overflow(base, block, job.source.name)
+        check_overflow(base, block, job.name)
     _measure(job, plan, terms, tiles, block, start, survival)
 
 
@@ -324,7 +321,7 @@ def read_rows(job: TensorJob, start: int, stop: int) -> np.ndarray:
 
 
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int, offset: int) -> Done:
-    name, base = job.source.name, read_rows(job, start, stop)
+    name, base = job.name, read_rows(job, start, stop)
     survival = Survival(len(plan.terms)) if terms else None
     if survival is None:
         result = cast_block(base, job.dtype, name)
@@ -360,7 +357,7 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: i
         assert total is not None
         with np.errstate(over="ignore"):
             result = (original + total).astype(DTYPES[job.dtype])
-        check_overflow(base, result, job.source.name)
+        check_overflow(base, result, job.name)
     survival = Survival(len(plan.terms))
     change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
     survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
@@ -392,27 +389,10 @@ def _measure(
 
 
 def _method(plan: Plan, job: TensorJob) -> BoundMethod:
-    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.source.name)
+    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.name)
 
 
 def index_file(weight_map: dict[str, str], nbytes: int) -> bytes:
     """The index of a sharded checkpoint: tensor name to file, and the bytes of all tensors."""
     index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _config(plan: Plan) -> bytes:
-    """The base's config.json, which names the new dtype where that changed, and no quantisation.
-
-    A base without one (a GGUF file alone) has it from its metadata.
-    """
-    path = plan.checkpoint.files.get("config.json")
-    dtype = plan.config_dtype
-    if path is not None and dtype is None:
-        return path.read_bytes()
-    config = dict(plan.checkpoint.config) if path is None else read_json(path)
-    config.pop("torch_dtype", None)
-    config.pop("quantization_config", None)
-    if dtype is not None:
-        config["dtype"] = CONFIG_DTYPE[dtype]
-    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -105,6 +105,7 @@ class RecipeRequest(_Request):
     export: Export = Export.SAFETENSORS
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
     allow: Allow = Allow.SAME_VALUES
+    untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
     base_precision: BasePrecision = BasePrecision.QUANTISED
     original: str | None = Field(default=None, min_length=1, description="the base that a quantised one was made of")
     requantise: bool = Field(default=False, description="write the result quantised as the base is")

@@ -20,13 +20,15 @@ from sqlalchemy import Engine, select
 import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
+from composer.companions import companion_files
 from composer.errors import TypedError, WeakCompatibilityError
 from composer.exporters import check_export, find_plan_exporter
 from composer.files import copy_names, read_json, sha256_file
+from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
-from composer.requantise import requantised_files
+from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
@@ -233,11 +235,11 @@ class Compositions:
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
         if recipe.requantise:
-            files = requantised_files(plan)
+            files, along = requantised_files(plan), requantised_companions(plan)
         else:
             files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
-        along = {} if in_place else resolved.written_like.checkpoint.files
-        companions = {name: along[name].stat().st_size for name in copy_names(along)}
+            along = companion_files(plan) if not in_place else iter(())
+        companions = {name: len(data) for name, data in along}
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -334,7 +336,7 @@ class Compositions:
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
-        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, checkpoint.shapes)
+        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, places(checkpoint))
         licence = read_card(checkpoint.files.get("README.md")).license
         return ResolvedBase(checkpoint, facts, found.tokenizer, found.chat_template, licence)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from composer.errors import ErasedAdapterError, RecipeError, UnsupportedQuantisa
 from composer.plan import Plan, Term, make_plan
 from composer.quantised import Encodable, Encoder, QuantisedTensor
 from composer.recipe import Dtype, Export, Recipe
+from composer.requantise import check_requantise
 from composer.run import compose
 from composer.tensors import read_header
 from tests.support import compose_folders, read_tensors, reshard, weight_bytes, write_base, write_lora
@@ -260,3 +262,5 @@ def test_what_cannot_be_written_so_is_refused(tmp_path: Path, source: Path) -> N
     for fields in ({"dtype": Dtype.FP16}, {"export": Export.ONNX}, {"export": Export.PEFT}):
         with pytest.raises(RecipeError, match="requantise writes"):
             compose(plan_of(NF4, [], **fields), tmp_path / "out")
+    with pytest.raises(RecipeError, match="has others"):
+        check_requantise(replace(plan_of(NF4, []), layers=(0, 0)))
