@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     from registry.interface import Registry
 
 __all__ = [
-    "ALLOW", "DTYPES", "EXPORTS", "LEVELS", "PRECISIONS", "RELATIONS", "Settings", "common_options", "pass_settings",
-]  # fmt: skip
+    "ALLOW",
+    "DTYPES",
+    "EXPORTS",
+    "JOB_STATES",
+    "LEVELS",
+    "PRECISIONS",
+    "RELATIONS",
+    "ROLES",
+    "SCOPES",
+    "Settings",
+    "common_options",
+    "pass_settings",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +44,9 @@ PRECISIONS = ("quantised", "original")
 ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")
 RELATIONS = ("finetune", "quantized", "merged", "resized")
+JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+SCOPES = ("read", "publish", "compose", "admin")
+ROLES = ("reader", "publisher", "owner")
 FORMATS = ("human", "json", "quiet")
 
 
@@ -66,7 +80,7 @@ class Settings:
             if url := self.remote_url:
                 from registry.client import RemoteRegistry
 
-                self._registry = RemoteRegistry(url)
+                self._registry = RemoteRegistry(url, token=os.environ.get("REGISTRY_TOKEN") or None)
             else:
                 self._registry = self.open_local()
         opened: Registry = self._registry

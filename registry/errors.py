@@ -7,7 +7,17 @@ NotFoundError
 └── JobNotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
-└── NameTakenError             another base holds that name
+├── NameTakenError             another base holds that name
+└── DependentsError            something that is in use is to be removed
+PolicyError
+├── AuthenticationError        no token, or one that is not valid
+├── ForbiddenError             a token that is not good for this
+├── RateLimitError             too many requests
+├── YankedError                a version that was withdrawn, by its name
+├── QuarantinedError           bytes that nobody may use
+├── LicenceConflictError       licences that cannot both be kept
+├── QueueFullError             too many jobs wait
+└── DiskLimitError             a composition would take more of the disk than is allowed
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
 └── BlobCorruptError           a stored file no longer has its digest
@@ -15,17 +25,26 @@ IntegrityError
 
 from __future__ import annotations
 
-from composer.errors import ConflictError, IntegrityError, NotFoundError
+from composer.errors import ConflictError, IntegrityError, NotFoundError, PolicyError
 
 __all__ = [
     "AdapterNotFoundError",
+    "AuthenticationError",
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "DependentsError",
+    "DiskLimitError",
+    "ForbiddenError",
     "JobNotFoundError",
+    "LicenceConflictError",
     "NameTakenError",
+    "QuarantinedError",
+    "QueueFullError",
+    "RateLimitError",
     "VersionNotFoundError",
     "VersionTakenError",
+    "YankedError",
 ]
 
 
@@ -63,6 +82,60 @@ class NameTakenError(ConflictError):
     """Another base holds that name."""
 
     code = "name-taken"
+
+
+class DependentsError(ConflictError):
+    """Something that is in use is to be removed; `fields['dependents']` lists what uses it."""
+
+    code = "in-use"
+
+
+class YankedError(PolicyError):
+    """A version that was withdrawn, asked for by its name; its digest still works."""
+
+    code = "yanked"
+
+
+class QuarantinedError(PolicyError):
+    """Bytes that nobody may use."""
+
+    code = "quarantined"
+
+
+class LicenceConflictError(PolicyError):
+    """Licences that cannot both be kept; `fields['verdict']` says which."""
+
+    code = "licence-conflict"
+
+
+class AuthenticationError(PolicyError):
+    """No token, or one that is unknown, expired or revoked."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(PolicyError):
+    """The token is valid, but not good for this."""
+
+    code = "forbidden"
+
+
+class RateLimitError(PolicyError):
+    """Too many requests in a short time."""
+
+    code = "rate-limited"
+
+
+class QueueFullError(PolicyError):
+    """Too many jobs wait."""
+
+    code = "queue-full"
+
+
+class DiskLimitError(PolicyError):
+    """A composition would take more of the disk than is allowed."""
+
+    code = "disk-limit"
 
 
 class BaseChangedError(IntegrityError):

@@ -3,6 +3,8 @@
 catalogue      names, versions, aliases, bases: reading and pointing
 publishing     folders into blobs and rows
 compositions   recipes into plans and artefacts
-jobs           compositions on the service, in the background
+jobs           the queue of what runs in the background; worker runs it; job_kinds: what a job can be
+tokens         who asks; namespaces: what they may; visibility: what they see; audit: what they did
+lifecycle      yank, deprecate, quarantine, delete; collection: what nothing names any more
 local          all of them behind registry.interface.Registry
 """

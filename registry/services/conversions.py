@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from composer.resize import resize_lora
 from registry.claims import claim_from_folder, read_card
 from registry.db import session_scope
 from registry.interface import Progress
-from registry.schemas import ConversionInfo, DeltaInfo
+from registry.lifecycle import require_usable
+from registry.schemas import ConversionInfo, DeltaInfo, FileInfo
 from registry.services.catalogue import find_version
 from registry.services.compositions import Compositions, ResolvedBase
 from registry.store.local import LocalStore
@@ -72,7 +74,9 @@ class Conversions:
 
     def _files(self, ref: str) -> dict[str, Path]:
         with session_scope(self._engine) as session:
-            row = find_version(session, *split_reference(ref))
+            name, version = split_reference(ref)
+            row = find_version(session, name, version)
+            require_usable(row, f"{row.adapter.full_name}@{row.version}", version)
             return {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
 
     def resize(self, ref: str, out: Path, rank: int | None, energy: float | None) -> ConversionInfo:
@@ -96,8 +100,16 @@ def _delta_info(made: Made) -> DeltaInfo:
         out=str(made.out),
         output_digest=manifest_digest(made.files),
         nbytes=sum(int(entry["size"]) for entry in made.files.values()),
+        files=_files_of(made.files),
         checkpoint_nbytes=made.checkpoint_bytes,
         tensors=made.tensors,
+    )
+
+
+def _files_of(files: Mapping[str, Mapping[str, int | str]]) -> tuple[FileInfo, ...]:
+    return tuple(
+        FileInfo(name=name, size=int(entry["size"]), sha256=str(entry["sha256"]))
+        for name, entry in sorted(files.items())
     )
 
 
@@ -123,6 +135,7 @@ def conversion_info(converted: Converted) -> ConversionInfo:
         out=str(converted.out),
         output_digest=manifest_digest(files),
         nbytes=sum(int(entry["size"]) for entry in files.values()),
+        files=_files_of(converted.files),
         kept_energy=converted.record["kept_energy"],
         record=converted.record,
     )

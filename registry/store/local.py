@@ -16,6 +16,15 @@ from registry.store.layout import Layout
 __all__ = ["LocalStore"]
 
 
+def _touch(place: Path) -> bool:
+    """Whether it is there; then a collection that runs just now leaves it alone."""
+    try:
+        os.utime(place)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class LocalStore:
     """Blobs by sha256."""
 
@@ -37,7 +46,7 @@ class LocalStore:
                         writer.write(chunk)
                         advance(len(chunk))
                 place = self._layout.blob(writer.sha256)
-                if not place.exists():
+                if not _touch(place):
                     place.parent.mkdir(parents=True, exist_ok=True)
                     aside.chmod(0o444)
                     os.replace(aside, place)

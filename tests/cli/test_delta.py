@@ -23,4 +23,4 @@ def test_a_fine_tune_is_published_composed_and_restored(run: Any, tiny_llama: Pa
     assert sha256_file(Path("back/model.safetensors")) == expected
     assert sha256_file(Path("composed/model.safetensors")) == expected
     assert expected != sha256_file(tiny_llama / "model.safetensors")
-    run("--url", "http://127.0.0.1:9", "delta", "make", "./finetune", "--base", "tiny", "-o", "x", code=2)
+    run("--url", "http://127.0.0.1:9", "delta", "make", "./finetune", "--base", "tiny", "-o", "x", code=6)
