@@ -128,7 +128,7 @@ class RemoteRegistry:
         from registry.services.publishing import publishable_files
 
         adapter = open_adapter(folder.expanduser())
-        if base is not None and is_path(base, base=True):
+        if base is not None and is_path(base):
             base = fingerprint_folder(Path(base).expanduser(), progress).identity
         elif base is None:
             # The service cannot see the trainer's folder; this machine may.
@@ -197,7 +197,7 @@ class RemoteRegistry:
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair."""
         refuse_path(adapter, "the adapter")
-        refuse_path(base, "the base", base=True)
+        refuse_path(base, "the base")
         return self._get("/check", Verdict, adapter=adapter, base=base)
 
     def plan(self, recipe: Recipe) -> PlanInfo:
@@ -282,7 +282,7 @@ class RemoteRegistry:
             from registry.services.inspection import inspect_folder
 
             return inspect_folder(Path(ref).expanduser())
-        if "/" not in ref and "@" not in ref:
+        if "@" not in ref:
             with suppress(NotFoundError):
                 return self._json(self._send("GET", f"{_base(ref)}/inspect"))
         path, version = _adapter(ref)
@@ -396,7 +396,7 @@ def _segment(text: str) -> str:
 
 
 def _base(ref: str) -> str:
-    return f"/bases/{_segment(refuse_path(ref, 'the base', base=True))}"
+    return f"/bases/{_segment(refuse_path(ref, 'the base'))}"
 
 
 def _adapter(ref: str) -> tuple[str, str | None]:

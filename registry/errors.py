@@ -7,7 +7,7 @@ NotFoundError
 └── JobNotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
-└── NameTakenError             another base holds that name
+└── NameTakenError             another base or an adapter holds that name
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
 └── BlobCorruptError           a stored file no longer has its digest
@@ -60,7 +60,7 @@ class VersionTakenError(ConflictError):
 
 
 class NameTakenError(ConflictError):
-    """Another base holds that name."""
+    """Another base or an adapter holds that name."""
 
     code = "name-taken"
 

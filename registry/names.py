@@ -40,11 +40,12 @@ def adapter_name(text: str) -> tuple[str, str]:
 
 
 def base_name(text: str) -> str:
-    """A base's name. Raises UsageError."""
-    if not _valid(text):
+    """A base's name, with or without a namespace. Raises UsageError."""
+    parts = text.split("/")
+    if len(parts) > 2 or not all(map(_valid, parts)):
         raise UsageError(
             f"{text!r} is not a name for a base",
-            expected="letters, digits, '.', '_' and '-', at most 96, such as smollm2",
+            expected="[NAMESPACE/]NAME of letters, digits, '.', '_' and '-', at most 96 each, such as smollm2",
             found=text,
             remedy="choose a name with --name",
         )

@@ -1,7 +1,7 @@
 """The FastAPI application: everything under /api/v1, health outside, failures in one shape.
 
 GET  /healthz
-POST GET      /api/v1/bases                         GET /bases/{name}   …/adapters   …/inspect
+POST GET      /api/v1/bases                         GET /bases/{[namespace/]name}   …/adapters   …/inspect
 POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}

@@ -201,7 +201,7 @@ class Compositions:
     def open_base(self, ref: str, progress: Progress | None) -> ResolvedBase:
         """A registered base, whose files must be what was fingerprinted, or a folder, which is fingerprinted now."""
         with session_scope(self._engine) as session:
-            if is_path(ref, base=True):
+            if is_path(ref):
                 row = self._registered_folder(session, Path(ref).expanduser().resolve())
             else:
                 row = find_base(session, ref)

@@ -101,6 +101,7 @@ class Publishing:
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
             held = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))
+            _check_no_adapter(session, name)
             for row, found in ((held, held and held.fingerprint), (same, same and same.name)):
                 if row is not None and (row.name, row.fingerprint) != (name, fingerprint.identity):
                     raise NameTakenError(
@@ -265,6 +266,13 @@ class Publishing:
         namespace, short = name
         owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
         if owner is None:
+            if session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == f"{namespace}/{short}")):
+                raise NameTakenError(
+                    f"{namespace}/{short} is a base model",
+                    expected="a name that no base has",
+                    found="a base of that name",
+                    remedy="publish under another --name",
+                )
             owner = AdapterRow(namespace=namespace, name=short)
             session.add(owner)
             session.flush()
@@ -325,6 +333,18 @@ class Publishing:
         session.flush()
         session.refresh(row)
         return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+
+
+def _check_no_adapter(session: Session, name: str) -> None:
+    namespace, slash, short = name.partition("/")
+    same = (AdapterRow.namespace == namespace, AdapterRow.name == short)
+    if slash and session.scalar(select(AdapterRow.id).where(*same)):
+        raise NameTakenError(
+            f"{name} is an adapter",
+            expected="a name that no adapter has",
+            found="an adapter of that name",
+            remedy="choose another --name",
+        )
 
 
 def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:

@@ -44,7 +44,7 @@ def _register(upload: Upload, registry: Registered) -> BaseInfo:
         base: BaseInfo = registry.add_base(
             upload.folder,
             name=name,
-            parent=None if parent is None else refuse_path(parent, "the parent", base=True),
+            parent=None if parent is None else refuse_path(parent, "the parent"),
             relation=None if relation is None else Relation(relation),
         )
         if base.created or Path(base.location) == upload.folder.resolve():
@@ -58,23 +58,23 @@ def list_bases(registry: Registered, limit: Limit = DEFAULT_LIMIT, cursor: Curso
     return registry.list_bases(limit=limit, cursor=cursor)
 
 
-@router.get("/bases/{name}/adapters", summary="List the adapters that fit a base")
+@router.get("/bases/{name:path}/adapters", summary="List the adapters that fit a base")
 def compatible(
     name: str,
     registry: Registered,
     level: Annotated[Level, Query(description="the weakest level that counts")] = Level.SHAPE,
 ) -> Page[CompatibleAdapter]:
     """Latest versions that fit the base at `level` or better, best first."""
-    return Page[CompatibleAdapter](items=registry.compatible(refuse_path(name, "the base", base=True), level=level))
+    return Page[CompatibleAdapter](items=registry.compatible(refuse_path(name, "the base"), level=level))
 
 
-@router.get("/bases/{name}", summary="Show a base model")
-def get_base(name: str, registry: Registered) -> BaseInfo:
-    """One base by name or by fingerprint (``wf1:…``)."""
-    return registry.get_base(refuse_path(name, "the base", base=True))
-
-
-@router.get("/bases/{name}/inspect", summary="Inspect a base model")
+@router.get("/bases/{name:path}/inspect", summary="Inspect a base model")
 def inspect(name: str, registry: Registered) -> dict[str, Any]:
     """What the base holds, tensor by tensor."""
-    return registry.inspect(registry.get_base(refuse_path(name, "the base", base=True)).fingerprint)
+    return registry.inspect(registry.get_base(refuse_path(name, "the base")).fingerprint)
+
+
+@router.get("/bases/{name:path}", summary="Show a base model")
+def get_base(name: str, registry: Registered) -> BaseInfo:
+    """One base by name or by fingerprint (``wf1:…``)."""
+    return registry.get_base(refuse_path(name, "the base"))
