@@ -4,10 +4,16 @@ NotFoundError
 ├── BaseNotFoundError          no base of that name or fingerprint
 ├── AdapterNotFoundError       no adapter of that name
 ├── VersionNotFoundError       the adapter has no such version, alias or digest
+├── RepositoryNotFoundError    no repository of that name
+├── RevisionNotFoundError      the repository has no such branch, tag or commit
+├── EntryNotFoundError         the revision has no such file
 └── JobNotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
-└── NameTakenError             another base or an adapter holds that name
+├── NameTakenError             another base or an adapter holds that name
+├── RepositoryExistsError      a repository has that name
+├── RefExistsError             the repository has that branch or tag
+└── StaleParentError           somebody else has committed since
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
 └── BlobCorruptError           a stored file no longer has its digest
@@ -22,8 +28,14 @@ __all__ = [
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "EntryNotFoundError",
     "JobNotFoundError",
     "NameTakenError",
+    "RefExistsError",
+    "RepositoryExistsError",
+    "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+    "StaleParentError",
     "VersionNotFoundError",
     "VersionTakenError",
 ]
@@ -75,3 +87,39 @@ class BlobCorruptError(IntegrityError):
     """A stored file no longer has its digest."""
 
     code = "blob-corrupt"
+
+
+class RepositoryNotFoundError(NotFoundError):
+    """No repository of that name."""
+
+    code = "repository-not-found"
+
+
+class RevisionNotFoundError(NotFoundError):
+    """The repository has no such branch, tag or commit."""
+
+    code = "revision-not-found"
+
+
+class EntryNotFoundError(NotFoundError):
+    """The revision has no such file."""
+
+    code = "entry-not-found"
+
+
+class RepositoryExistsError(ConflictError):
+    """A repository has that name."""
+
+    code = "repository-exists"
+
+
+class RefExistsError(ConflictError):
+    """The repository has that branch or tag."""
+
+    code = "ref-exists"
+
+
+class StaleParentError(ConflictError):
+    """Somebody else has committed since."""
+
+    code = "stale-parent"

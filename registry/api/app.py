@@ -8,6 +8,7 @@ PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
 POST          /api/v1/plans   /compositions
 GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/files   /jobs/{id}/files/{filename}
 GET           /api/v1/doctor
+              /api/models   /api/repos   /{repository}/resolve    the Hub's protocol (registry/api/hub)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from registry import __version__
 from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
+from registry.api.hub import reading
 from registry.api.routes import adapters, bases, compositions, health
 from registry.api.routes import jobs as job_routes
 
@@ -79,6 +81,8 @@ def create_app(
     for module in (bases, adapters, compositions, job_routes, health):
         app.include_router(module.router, prefix=PREFIX)
     app.include_router(health.outside)
+    for module in (reading,):
+        app.include_router(module.router, tags=["hub"])
     return app
 
 

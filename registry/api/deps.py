@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 from composer.errors import UsageError
 from registry.api.rules import refuse_path
 from registry.interface import DEFAULT_PAGE
+from registry.names import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from registry.services.jobs import JobService
@@ -21,17 +24,37 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterName",
+    "Caller",
     "Cursor",
     "Jobs",
     "Limit",
     "Registered",
+    "Scope",
     "VersionQuery",
     "file_response",
+    "require",
     "usage_errors",
     "version_ref",
 ]
 
 MAX_PAGE = 1000
+
+
+class Scope(StrEnum):
+    """What a caller may be allowed to do."""
+
+    READ = "read"
+    PUBLISH = "publish"
+    COMPOSE = "compose"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks; `name` is the namespace of what is created without one."""
+
+    name: str
+    scopes: frozenset[Scope]
 
 
 async def _registry(request: Request) -> Any:
@@ -61,6 +84,15 @@ VersionQuery = Annotated[str | None, Query(description="a semantic version, an a
 DEFAULT_LIMIT = DEFAULT_PAGE
 
 
+def require(scope: Scope) -> Any:
+    """A dependency: the caller may do what `scope` names. Access is open on loopback, so whoever connects may."""
+
+    async def caller(request: Request) -> Caller:
+        return Caller(name=DEFAULT_NAMESPACE, scopes=frozenset(Scope))
+
+    return Depends(caller)
+
+
 def version_ref(name: str, version: str | None) -> str:
     """``name`` or ``name@version``."""
     return f"{name}@{version}" if version else name
@@ -76,10 +108,15 @@ def usage_errors() -> Iterator[None]:
         raise UsageError("; ".join(problems), problems=problems) from None
 
 
-def file_response(request: Request, path: Path, name: str, sha256: str) -> Response:
-    """A download with Content-Length and ranges; its ETag is the sha256, so that a cache may ask again for nothing."""
-    etag = f'"{sha256}"'
+def file_response(
+    request: Request, path: Path, name: str, digest: str, more: Mapping[str, str] | None = None
+) -> Response:
+    """A download with Content-Length and ranges; its ETag is the digest, so that a cache may ask again for nothing.
+
+    more: headers to add.
+    """
+    etag = f'"{digest}"'
+    headers = {"ETag": etag, "X-Content-Type-Options": "nosniff", **(more or {})}
     if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
-        return Response(status_code=304, headers={"ETag": etag})
-    headers = {"ETag": etag, "X-Content-Type-Options": "nosniff"}
+        return Response(status_code=304, headers=headers)
     return FileResponse(path, media_type="application/octet-stream", filename=Path(name).name, headers=headers)

@@ -1,7 +1,7 @@
 """Every failure as ``{"error": {code, category, message, expected, found, remedy, fields}}``, and its status.
 
 usage 400   policy 403   not-found 404   conflict 409   incompatible 422   integrity 422   internal 500
-upload-too-large 413     storage 507     method-not-allowed 405
+upload-too-large 413     storage 507     stale-parent 412     method-not-allowed 405
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from composer.errors import TypedError
 
-__all__ = ["RESPONSES", "ErrorBody", "add_handlers", "error_response", "status_of"]
+__all__ = ["RESPONSES", "ErrorBody", "add_handlers", "error_response", "log_failure", "status_of"]
 
 STATUS_OF_CATEGORY = {
     "usage": 400,
@@ -29,7 +29,7 @@ STATUS_OF_CATEGORY = {
     "integrity": 422,
     "internal": 500,
 }
-STATUS_OF_CODE = {"upload-too-large": 413, "storage": 507}
+STATUS_OF_CODE = {"upload-too-large": 413, "storage": 507, "stale-parent": 412}
 CATEGORY_OF_STATUS = {403: "policy", 404: "not-found", 409: "conflict"}
 CODE_OF_STATUS = {400: "bad-request", 404: "not-found", 405: "method-not-allowed"}
 
@@ -70,13 +70,18 @@ def error_response(error: TypedError) -> JSONResponse:
     return JSONResponse({"error": error.as_dict()}, status_of(error))
 
 
+def log_failure(request: Request, error: TypedError) -> None:
+    """Log a failure that is the service's own; those of a request are its sender's business."""
+    if status_of(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Give every failure of `app` the same shape."""
 
     @app.exception_handler(TypedError)
     def typed(request: Request, error: TypedError) -> JSONResponse:
-        if status_of(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+        log_failure(request, error)
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)

@@ -30,10 +30,10 @@ from composer.run import compose
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
-from registry.errors import BaseChangedError
 from registry.interface import Progress
 from registry.models import BaseFileRow, BaseModelRow, CompositionRow, VersionRow
 from registry.schemas import CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
+from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim, version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
@@ -207,7 +207,7 @@ class Compositions:
                 row = find_base(session, ref)
             if row is not None:
                 facts = base_facts(session, row)
-                checkpoint = open_checkpoint(_unchanged(row, session.scalars(
+                checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
                     select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
                 return ResolvedBase(checkpoint, facts, row.tokenizer_digest, row.chat_template_digest)
         folder = Path(ref).expanduser().resolve()
@@ -223,7 +223,7 @@ class Compositions:
         if row is None:
             return None
         files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
-        return row if all(_same_stat(folder / file.name, file) for file in files) else None
+        return row if all(same_stat(folder / file.name, file) for file in files) else None
 
     def _adapter(self, term: AdapterTerm, base: ResolvedBase, progress: Progress | None) -> ResolvedAdapter:
         if is_path(term.ref):
@@ -281,34 +281,6 @@ def _require(allow: Allow, item: ResolvedAdapter, base: str) -> None:
         remedy="; ".join([*remedies, *([f"or give {flag}"] if flag and flag not in " ".join(remedies) else [])]),
         verdict=item.verdict.model_dump(mode="json"),
     )
-
-
-def _same_stat(path: Path, file: BaseFileRow) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:
-        return False
-    return (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns)
-
-
-def _unchanged(row: BaseModelRow, files: Any) -> dict[str, Path]:
-    """The files of a registered base. One whose time moved is hashed again; one that differs is refused."""
-    folder = Path(row.location)
-    paths = {file.name: folder / file.name for file in files}
-    for file in files:
-        path = paths[file.name]
-        if _same_stat(path, file):
-            continue
-        found = "a missing file" if not path.is_file() else sha256_file(path)
-        if found != file.sha256:
-            raise BaseChangedError(
-                f"{file.name} of the base {row.name!r} is no longer what was registered",
-                expected=f"sha256 {file.sha256}",
-                found=found,
-                remedy=f"restore {path}, or register the new weights under another name",
-                path=path,
-            )
-    return paths
 
 
 def _earlier(out: Path, key: str) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.inspection import Inspection
 from registry.services.publishing import Publishing
+from registry.services.repositories import Repositories
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
 from registry.store.pulling import pull_files
@@ -62,6 +63,7 @@ class LocalRegistry:
         self._publishing = Publishing(self.engine, self.store)
         self._compositions = Compositions(self.engine, self.store, layout)
         self._conversions = Conversions(self.engine, self.store, self._compositions)
+        self.repositories = Repositories(self.engine, self.store)
         self._inspection = Inspection(self.engine, self.store)
 
     @property
