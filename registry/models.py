@@ -295,8 +295,8 @@ class RepositoryRow(Model):
 
     @property
     def full_name(self) -> str:
-        """``namespace/name``."""
-        return f"{self.namespace}/{self.name}"
+        """``namespace/name``, or the name alone of a base that has no namespace."""
+        return f"{self.namespace}/{self.name}".removeprefix("/")
 
 
 class CommitRow(Model):

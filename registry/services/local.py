@@ -35,7 +35,9 @@ from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.inspection import Inspection
 from registry.services.publishing import Publishing
+from registry.services.pushing import Pushing
 from registry.services.repositories import Repositories
+from registry.services.repository_admin import RepositoryAdmin
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
 from registry.store.pulling import pull_files
@@ -64,6 +66,8 @@ class LocalRegistry:
         self._compositions = Compositions(self.engine, self.store, layout)
         self._conversions = Conversions(self.engine, self.store, self._compositions)
         self.repositories = Repositories(self.engine, self.store)
+        self.pushing = Pushing(self.engine, self.store, layout, self._publishing)
+        self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
         self._inspection = Inspection(self.engine, self.store)
 
     @property

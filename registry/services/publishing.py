@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
-from composer.files import sha256_file
+from composer.files import FileSet, sha256_file
 from composer.provenance import manifest_digest
 from composer.tensors import DTYPES
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
@@ -97,6 +97,20 @@ class Publishing:
         fingerprint = fingerprint_checkpoint(
             checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
         )
+        return self._register(folder, name, checkpoint, fingerprint, parent, relation)
+
+    def _register(
+        self,
+        folder: Path,
+        name: str,
+        checkpoint: Checkpoint,
+        fingerprint: Fingerprint,
+        parent: str | None,
+        relation: Relation | None,
+        *,
+        moves: bool = False,
+    ) -> BaseInfo:
+        """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
         files = [(file, path, sha256_file(path)) for file, path in checkpoint.files.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
@@ -112,7 +126,8 @@ class Publishing:
                         found=found,
                         remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
                     )
-            if same is not None and parent is None and Path(same.location) != folder and _lies_there(same):
+            stays = same is not None and parent is None and Path(same.location) != folder and not moves
+            if same is not None and stays and _lies_there(same):
                 return base_info(same, len(same.tensors))
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
@@ -130,9 +145,27 @@ class Publishing:
             session.flush()
             return base_info(row, len(row.tensors), created=same is None)
 
+    def add_pushed_base(self, folder: Path, name: str, progress: Progress | None = None) -> BaseInfo:
+        """Register a checkpoint that was pushed under `name`, where no base has these weights.
+
+        Where one of that name has them, it moves to `folder`, with the files beside the weights that lie there. Where
+        one of another name has them, it stays as it is. Where `name` holds other weights, the new ones get it with the
+        first digits of their fingerprint: a name never changes its weights.
+        """
+        checkpoint = open_checkpoint(folder)
+        fingerprint = fingerprint_checkpoint(checkpoint)
+        names = (name, f"{name}-{fingerprint.identity[4:12]}")
+        with session_scope(self._engine) as session:
+            same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
+            if same is not None and same.name not in names:
+                return base_info(same, len(same.tensors))
+            taken = same is None and session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == name))
+        wanted = same.name if same else names[1] if taken else name
+        return self._register(folder, wanted, checkpoint, fingerprint, None, None, moves=True)
+
     def publish(
         self,
-        folder: Path,
+        source: Path | FileSet,
         name: str,
         version: str | None,
         base: str | None,
@@ -142,21 +175,22 @@ class Publishing:
         progress: Progress | None,
         *,
         read_paths: bool = True,
+        whole: bool = False,
     ) -> PublishResult:
-        """Publish an adapter folder.
+        """Publish an adapter's files: those that make a version, or all of them (`whole`).
 
         Raises what open_adapter raises, NonFiniteError, IncompatibleError when it does not fit the base it names, and
         VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
         """
         namespace, short = adapter_name(name)
         wanted = Version(version) if version else None
-        adapter = open_adapter(folder.expanduser())
+        adapter = open_adapter(source.expanduser() if isinstance(source, Path) else source)
         _check_finite(adapter)
         card = read_card(adapter.files.get("README.md"))
         warnings: list[str] = []
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         self._check_base(adapter, claim, warnings)
-        files = self._store_files(adapter, progress)
+        files = self._store_files(adapter.files if whole else publishable_files(adapter), progress)
         digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
         try:
             with session_scope(self._engine, writes=True) as session:
@@ -231,8 +265,7 @@ class Publishing:
                 remedy="name the base it was trained on with --base",
             )
 
-    def _store_files(self, adapter: Adapter, progress: Progress | None) -> list[VersionFileRow]:
-        chosen = publishable_files(adapter)
+    def _store_files(self, chosen: FileSet, progress: Progress | None) -> list[VersionFileRow]:
         total = sum(path.stat().st_size for path in chosen.values())
         done = 0
 

@@ -34,7 +34,18 @@ from registry.services.base_files import unchanged_files
 from registry.services.catalogue import LATEST, base_info, find_version, version_info
 from registry.store.local import LocalStore
 
-__all__ = ["MAIN", "CommitInfo", "Located", "Refs", "Repositories", "Snapshot", "commit_id", "locate", "snapshot_at"]
+__all__ = [
+    "MAIN",
+    "CommitInfo",
+    "Located",
+    "Refs",
+    "Repositories",
+    "Snapshot",
+    "commit_id",
+    "locate",
+    "no_revision",
+    "snapshot_at",
+]
 
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -97,11 +108,11 @@ def locate(session: Session, name: str) -> Located:
         raise _no_repository(name) from None
     base = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))
     adapter = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
+    if base is not None and "/" not in name:
+        namespace, adapter = "", None
     repository = session.scalar(
         select(RepositoryRow).where(RepositoryRow.namespace == namespace, RepositoryRow.name == short)
     )
-    if base is not None and "/" not in name:
-        return Located(name, None, None, base)
     if base is None and adapter is None and repository is None:
         raise _no_repository(name)
     return Located(name if base else f"{namespace}/{short}", repository, adapter, base)
@@ -134,7 +145,12 @@ def snapshot_at(session: Session, place: Located, revision: str | None) -> Snaps
                 return _of_version(session, place, find_version(session, place.adapter.full_name, text))
             except VersionNotFoundError:
                 continue
-    raise RevisionNotFoundError(
+    raise no_revision(place, revision)
+
+
+def no_revision(place: Located, revision: str) -> RevisionNotFoundError:
+    """The failure of a revision that is not there."""
+    return RevisionNotFoundError(
         f"{place.name} has no revision {revision!r}",
         expected="main, a branch, a version, an alias, a commit or a digest",
         found=revision,
@@ -254,7 +270,7 @@ class Repositories:
                     found.setdefault(commit.oid, commit)
             if not found and start.created_at and start.files:
                 found[start.commit] = CommitInfo(start.commit, "registered", "", start.created_at)
-        return tuple(found.values())
+        return tuple(sorted(found.values(), key=lambda commit: commit.created_at, reverse=True))
 
     def refs(self, name: str) -> Refs:
         """Branches and tags. Versions and aliases of an adapter are its tags."""

@@ -14,17 +14,15 @@ from fastapi import APIRouter, Form, Request, Response
 
 from registry.api.deps import Caller, Registered, Scope, file_response, require
 from registry.api.hub.errors import HubRoute
-from registry.api.hub.paths import RepositoryId, Revision
+from registry.api.hub.requests import MODEL, RepositoryId, Revision
 from registry.api.hub.shapes import LARGE, describe, directory, entry, entry_oid, time
 from registry.errors import EntryNotFoundError
 from registry.services.repositories import Snapshot
 
-router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.READ)])
-
-MODEL = "/api/models/{repository:repository}"
+router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.READ)], include_in_schema=False)
 
 
-@router.get("/api/whoami-v2", summary="Who am I?")
+@router.get("/api/whoami-v2")
 def whoami(caller: Annotated[Caller, require(Scope.READ)]) -> dict[str, Any]:
     """The caller, as clients expect a user."""
     token = {"displayName": caller.name, "role": "write" if Scope.PUBLISH in caller.scopes else "read"}
@@ -38,14 +36,14 @@ def whoami(caller: Annotated[Caller, require(Scope.READ)]) -> dict[str, Any]:
     }
 
 
-@router.get(f"{MODEL}/revision/{{revision}}", summary="Describe a repository at a revision")
+@router.get(f"{MODEL}/revision/{{revision}}")
 def model_at(repository: RepositoryId, revision: Revision, registry: Registered) -> dict[str, Any]:
     """Its commit, files, tags and card."""
     return describe(registry.repositories, registry.repositories.snapshot(repository, revision))
 
 
-@router.get(f"{MODEL}/tree/{{revision}}", summary="List the files of a revision")
-@router.get(f"{MODEL}/tree/{{revision}}/{{path:path}}", summary="List the files of a folder")
+@router.get(f"{MODEL}/tree/{{revision}}")
+@router.get(f"{MODEL}/tree/{{revision}}/{{path:path}}")
 def tree(
     repository: RepositoryId, revision: Revision, registry: Registered, path: str = "", recursive: bool = False
 ) -> list[dict[str, Any]]:
@@ -76,7 +74,7 @@ def _listing(snapshot: Snapshot, folder: str, *, recursive: bool) -> list[str]:
     return sorted(found)
 
 
-@router.post(f"{MODEL}/paths-info/{{revision}}", summary="Describe some files of a revision")
+@router.post(f"{MODEL}/paths-info/{{revision}}")
 def paths_info(
     repository: RepositoryId, revision: Revision, registry: Registered, paths: Annotated[list[str], Form()]
 ) -> list[dict[str, Any]]:
@@ -90,7 +88,7 @@ def paths_info(
     ]
 
 
-@router.get(f"{MODEL}/commits/{{revision}}", summary="List commits")
+@router.get(f"{MODEL}/commits/{{revision}}")
 def commits(repository: RepositoryId, revision: Revision, registry: Registered) -> list[dict[str, Any]]:
     """The commit of a revision and those before it."""
     return [
@@ -99,7 +97,7 @@ def commits(repository: RepositoryId, revision: Revision, registry: Registered) 
     ]
 
 
-@router.get(f"{MODEL}/refs", summary="List branches and tags")
+@router.get(f"{MODEL}/refs")
 def refs(repository: RepositoryId, registry: Registered) -> dict[str, Any]:
     """Versions and aliases are tags."""
     found = registry.repositories.refs(repository)
@@ -115,14 +113,14 @@ def _ref(kind: str, name: str, oid: str) -> dict[str, str]:
     return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid}
 
 
-@router.get(f"{MODEL}/auth-check", summary="May I read this?")
+@router.get(f"{MODEL}/auth-check")
 def auth_check(repository: RepositoryId, registry: Registered) -> dict[str, Any]:
     """An answer without content where the caller may."""
     registry.repositories.snapshot(repository)
     return {}
 
 
-@router.get(MODEL, summary="Describe a repository")
+@router.get(MODEL)
 def model(repository: RepositoryId, registry: Registered) -> dict[str, Any]:
     """Its main branch: commit, files, tags and card."""
     return describe(registry.repositories, registry.repositories.snapshot(repository))
@@ -131,7 +129,6 @@ def model(repository: RepositoryId, registry: Registered) -> dict[str, Any]:
 @router.api_route(
     "/{repository:repository}/resolve/{revision}/{path:path}",
     methods=["GET", "HEAD"],
-    summary="Download a file",
     response_class=Response,
 )
 def resolve(

@@ -1,13 +1,16 @@
-"""How the Hub's URLs name things: a repository is one or two segments, a revision is one."""
+"""How the Hub's requests name things: a repository is one or two segments of the URL, a revision is one."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from fastapi import Path
+from pydantic import BaseModel, ConfigDict
 from starlette.convertors import StringConvertor, register_url_convertor
 
-__all__ = ["RepositoryId", "Revision"]
+__all__ = ["MODEL", "RepositoryId", "Revision", "Sent"]
+
+MODEL = "/api/models/{repository:repository}"
 
 
 class RepositoryConvertor(StringConvertor):
@@ -20,3 +23,9 @@ register_url_convertor("repository", RepositoryConvertor())
 
 RepositoryId = Annotated[str, Path(description="namespace/name, or the name of a base")]
 Revision = Annotated[str, Path(description="main, a branch, a version, an alias, a commit, sha256:… or wf1:…")]
+
+
+class Sent(BaseModel):
+    """What clients send; they send more than is read here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
