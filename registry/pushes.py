@@ -31,8 +31,8 @@ CARD = "README.md"
 WEIGHTS = (".safetensors", ".gguf", ".npz")
 # What a trainer needs to go on and nobody to use the model; most of it are pickles.
 IGNORED = re.compile(
-    r"(.*/)?(\..*|training_args\.bin|optimizer\.(pt|bin)|scheduler\.(pt|bin)|scaler\.pt|rng_state[^/]*\.pth"
-    r"|events\.out\.tfevents[^/]*)|(runs|logs|last-checkpoint|checkpoint-\d+|global_step\d+)/.*|(.*/)?\.[^/]+/.*"
+    r"(.*/)?(\.(?!\.)[^/]*|training_args\.bin|optimizer\.(pt|bin)|scheduler\.(pt|bin)|scaler\.pt|rng_state[^/]*\.pth"
+    r"|events\.out\.tfevents[^/]*)|(runs|logs|last-checkpoint|checkpoint-\d+|global_step\d+)/.*|(.*/)?\.(?!\.)[^/]+/.*"
 )
 SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
 

@@ -4,6 +4,7 @@ REGISTRY_HOME/                       default ~/.local/share/registry
 ├── registry.db                      the catalogue, unless REGISTRY_DATABASE_URL says otherwise
 ├── store/
 │   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
+│   ├── xorbs/ab/abcd…               chunks of files that Xet clients uploaded
 │   └── incoming/                    half-written blobs; nothing reads them
 ├── graphs/                          weightless ONNX graphs, one an architecture
 ├── uploads/                         bases that came over REST
@@ -41,6 +42,11 @@ class Layout:
     def blobs(self) -> Path:
         """The folder of blobs."""
         return self.home / "store" / "blobs" / "sha256"
+
+    @property
+    def xorbs(self) -> Path:
+        """The folder of xorbs."""
+        return self.home / "store" / "xorbs"
 
     @property
     def incoming(self) -> Path:

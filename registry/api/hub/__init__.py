@@ -2,6 +2,9 @@
 
 reading.py   repositories, trees, files, revisions
 writing.py   commits
+lfs.py       large files by Git LFS
+xet.py       large files by Xet
+signing.py   URLs and tokens that are a permission
 repos.py     repositories, branches and tags come and go
 shapes.py    snapshots as the Hub's JSON
 errors.py    failures as clients read them

@@ -8,9 +8,10 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict
 from starlette.convertors import StringConvertor, register_url_convertor
 
-__all__ = ["MODEL", "RepositoryId", "Revision", "Sent"]
+__all__ = ["MODEL", "SHA256", "RepositoryId", "Revision", "Sent"]
 
 MODEL = "/api/models/{repository:repository}"
+SHA256 = r"^[0-9a-f]{64}$"
 
 
 class RepositoryConvertor(StringConvertor):

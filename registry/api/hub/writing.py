@@ -24,7 +24,7 @@ from composer.files import refuse_pickles
 from composer.sinks import storage_errors
 from registry.api.deps import Registered, Scope, require
 from registry.api.hub.errors import HubRoute, header_text
-from registry.api.hub.requests import MODEL, RepositoryId, Revision, Sent
+from registry.api.hub.requests import MODEL, SHA256, RepositoryId, Revision, Sent
 from registry.api.hub.shapes import LARGE, entry_oid
 from registry.api.rules import MAX_FILES, UploadTooLargeError, check_file_name
 from registry.api.uploads import feed_body, too_large
@@ -36,7 +36,6 @@ from registry.store.local import LocalStore
 router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.PUBLISH)], include_in_schema=False)
 
 MAX_LINE = LARGE * 4 // 3 + (64 << 10)
-SHA256 = r"^[0-9a-f]{64}$"
 
 
 class PreuploadFile(Sent):
