@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from registry import __version__
 from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
-from registry.api.hub import lfs, reading, repos, writing, xet
+from registry.api.hub import lfs, listing, reading, repos, writing, xet
 from registry.api.hub.signing import Signer
 from registry.api.routes import adapters, bases, compositions, health
 from registry.api.routes import jobs as job_routes
@@ -83,7 +83,7 @@ def create_app(
     for module in (bases, adapters, compositions, job_routes, health):
         app.include_router(module.router, prefix=PREFIX)
     app.include_router(health.outside)
-    for module in (lfs, xet, repos, writing, reading):
+    for module in (lfs, xet, listing, repos, writing, reading):
         app.include_router(module.router)
     return app
 

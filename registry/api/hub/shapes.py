@@ -40,7 +40,7 @@ def describe(repositories: Repositories, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def model(
-    repository: str, commit: str, changed: datetime | None, noun: VersionInfo | BaseInfo | None
+    repository: str, commit: str | None, changed: datetime | None, noun: VersionInfo | BaseInfo | None
 ) -> dict[str, Any]:
     """What a listing shows of a repository."""
     library = "peft" if isinstance(noun, VersionInfo) else "transformers" if noun else None
