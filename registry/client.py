@@ -23,7 +23,7 @@ from composer.recipe import Recipe, is_path, split_reference
 from composer.sinks import FolderSink
 from registry import __version__
 from registry.api.rules import refuse_path, refuse_paths
-from registry.interface import DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_MAX_BYTES, DEFAULT_PAGE, Progress
 from registry.names import adapter_name
 from registry.schemas import (
     BaseFit,
@@ -33,6 +33,7 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    ImportInfo,
     JobInfo,
     JobState,
     Level,
@@ -137,6 +138,25 @@ class RemoteRegistry:
         fields = {"name": "/".join(adapter_name(name)), "version": version, "base": base, "license": license,
                   "tags": tags, "description": description}  # fmt: skip
         return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
+
+    def import_model(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportInfo:
+        """Not over REST: what a service reaches in its network is not for a client to say."""
+        raise UsageError(
+            "an import runs where the registry lies",
+            expected="a registry on this machine",
+            found=self.url,
+            remedy=f"leave --url out, or push: hf download {ref.removeprefix('hf://')}, then 'registry publish'",
+        )
 
     def list_adapters(
         self,

@@ -14,6 +14,8 @@ ConflictError
 ├── RepositoryExistsError      a repository has that name
 ├── RefExistsError             the repository has that branch or tag
 └── StaleParentError           somebody else has committed since
+TypedError
+└── HubUnreachableError        the hub of an import does not answer as one
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
 └── BlobCorruptError           a stored file no longer has its digest
@@ -21,7 +23,7 @@ IntegrityError
 
 from __future__ import annotations
 
-from composer.errors import ConflictError, IntegrityError, NotFoundError
+from composer.errors import ConflictError, IntegrityError, NotFoundError, TypedError
 
 __all__ = [
     "AdapterNotFoundError",
@@ -29,6 +31,7 @@ __all__ = [
     "BaseNotFoundError",
     "BlobCorruptError",
     "EntryNotFoundError",
+    "HubUnreachableError",
     "JobNotFoundError",
     "NameTakenError",
     "RefExistsError",
@@ -123,3 +126,9 @@ class StaleParentError(ConflictError):
     """Somebody else has committed since."""
 
     code = "stale-parent"
+
+
+class HubUnreachableError(TypedError):
+    """The hub of an import does not answer as one."""
+
+    code = "hub-unreachable"

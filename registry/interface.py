@@ -18,6 +18,7 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    ImportInfo,
     Level,
     Page,
     PlanInfo,
@@ -27,9 +28,10 @@ from registry.schemas import (
     VersionInfo,
 )
 
-__all__ = ["DEFAULT_PAGE", "Progress", "Registry"]
+__all__ = ["DEFAULT_MAX_BYTES", "DEFAULT_PAGE", "Progress", "Registry"]
 
 DEFAULT_PAGE = 100
+DEFAULT_MAX_BYTES = 64 << 30
 Progress = Callable[[str, int, int], None]
 """Called with (step, bytes done, bytes in all; 0 where unknown)."""
 
@@ -70,6 +72,23 @@ class Registry(Protocol):
         progress: Progress | None = None,
     ) -> PublishResult:
         """Publish an adapter folder. `base`: a registered name, a fingerprint, or (locally) a checkpoint folder."""
+        ...
+
+    def import_model(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportInfo:
+        """Fetch ``hf://org/name[@revision]`` from a hub and publish the adapter or register the base that it is.
+
+        `allow_private`: the hub may be at a private address. `max_bytes`: of all files.
+        """
         ...
 
     def list_adapters(

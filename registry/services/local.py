@@ -12,7 +12,7 @@ from typing import Any
 from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
 from registry.db import create_database_engine, migrate
-from registry.interface import DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_MAX_BYTES, DEFAULT_PAGE, Progress
 from registry.schemas import (
     BaseFit,
     BaseInfo,
@@ -21,6 +21,7 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    ImportInfo,
     Level,
     Page,
     PlanInfo,
@@ -33,6 +34,7 @@ from registry.services.catalogue import Catalogue
 from registry.services.compositions import Compositions
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
+from registry.services.importing import Importing
 from registry.services.inspection import Inspection
 from registry.services.publishing import Publishing
 from registry.services.pushing import Pushing
@@ -68,6 +70,7 @@ class LocalRegistry:
         self.repositories = Repositories(self.engine, self.store)
         self.pushing = Pushing(self.engine, self.store, layout, self._publishing)
         self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
+        self._importing = Importing(layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
 
     @property
@@ -112,6 +115,27 @@ class LocalRegistry:
         """As the protocol says; `read_paths=False` for uploads: paths in them are not looked up on this machine."""
         return self._publishing.publish(
             folder, name, version, base, license, tags, description, progress, read_paths=read_paths
+        )
+
+    def import_model(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportInfo:
+        return self._importing.import_model(
+            ref,
+            name=name,
+            version=version,
+            base=base,
+            max_bytes=max_bytes,
+            allow_private=allow_private,
+            progress=progress,
         )
 
     def list_adapters(

@@ -8,6 +8,7 @@ REGISTRY_HOME/                       default ~/.local/share/registry
 │   └── incoming/                    half-written blobs; nothing reads them
 ├── graphs/                          weightless ONNX graphs, one an architecture
 ├── uploads/                         bases that came over REST
+├── imports/                         what is being fetched from a hub
 └── compositions/<job>/              what the service composed
 """
 
@@ -62,6 +63,11 @@ class Layout:
     def uploads(self) -> Path:
         """Bases that came over REST."""
         return self.home / "uploads"
+
+    @property
+    def imports(self) -> Path:
+        """What is being fetched from a hub."""
+        return self.home / "imports"
 
     @property
     def compositions(self) -> Path:

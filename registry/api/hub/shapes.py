@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from composer.errors import CorruptFileError
+from composer.files import git_oid
 from registry.claims import MAX_CARD_BYTES, split_card
 from registry.schemas import BaseInfo, FileInfo, VersionInfo
 from registry.services.repositories import Repositories, Snapshot
@@ -89,7 +90,7 @@ def entry(repositories: Repositories, snapshot: Snapshot, file: FileInfo) -> dic
 
 def directory(path: str) -> dict[str, Any]:
     """One folder of a tree; it has no bytes, so its id is made from its name."""
-    return {"type": "directory", "path": path, "size": 0, "oid": _git_oid(path.encode())}
+    return {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())}
 
 
 def entry_oid(repositories: Repositories, snapshot: Snapshot, file: FileInfo) -> str:
@@ -104,16 +105,12 @@ def _sizes(repositories: Repositories, snapshot: Snapshot, file: FileInfo) -> di
         return {"size": file.size, "blobId": entry_oid(repositories, snapshot, file)}
     pointer = POINTER.format(file.sha256, file.size).encode()
     lfs = {"sha256": file.sha256, "size": file.size, "pointerSize": len(pointer)}
-    return {"size": file.size, "blobId": _git_oid(pointer), "lfs": lfs}
+    return {"size": file.size, "blobId": git_oid(pointer), "lfs": lfs}
 
 
 @lru_cache(maxsize=1 << 16)
 def _small_oid(sha256: str, path: Path) -> str:
-    return _git_oid(path.read_bytes())
-
-
-def _git_oid(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return git_oid(path.read_bytes())
 
 
 def _card(repositories: Repositories, snapshot: Snapshot) -> dict[str, Any]:
