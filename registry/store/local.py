@@ -10,13 +10,12 @@ from pathlib import Path
 
 from composer.errors import CorruptFileError
 from composer.files import sha256_file
-from composer.sinks import HashingWriter, fsync_folder, storage_errors
+from composer.sinks import fsync_folder, storage_errors
+from composer.writer import ROOM_BYTES, HashingWriter
 from registry.errors import BlobCorruptError
 from registry.store.layout import Layout
 
 __all__ = ["LocalStore"]
-
-COPY_BYTES = 1 << 20
 
 
 class LocalStore:
@@ -33,7 +32,7 @@ class LocalStore:
         if source.parent.parent == self._layout.blobs:  # a blob of this store
             return source.name, source.stat().st_size
         with storage_errors(f"storing {source.name}"), self.receive() as writer, source.open("rb") as file:
-            while chunk := file.read(COPY_BYTES):
+            while chunk := file.read(ROOM_BYTES):
                 writer.write(chunk)
                 advance(len(chunk))
         return writer.sha256, writer.size

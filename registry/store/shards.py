@@ -88,12 +88,11 @@ def assemble(file: ShardFile, xorbs: XorbStore, store: LocalStore, limit: int) -
         raise UsageError("the file is too large", expected=f"at most {limit} bytes", found=file.size)
     with storage_errors("storing an upload"), store.receive(file.sha256) as writer:
         for segment in file.segments:
-            before = writer.size
+            size = 0
             for chunk in xorbs.chunks(segment.xorb, segment.start, segment.stop):
                 writer.write(chunk)
-            if writer.size - before != segment.size:
+                size += len(chunk)
+            if size != segment.size:
                 raise CorruptFileError(
-                    "a segment has another size than its shard states",
-                    expected=segment.size,
-                    found=writer.size - before,
+                    "a segment has another size than its shard states", expected=segment.size, found=size
                 )
