@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,6 +23,7 @@ __all__ = ["COMMANDS"]
 @click.option("--license", help="An SPDX expression, such as Apache-2.0.")
 @click.option("--tag", "tags", multiple=True, help="A word to search for; may be repeated.")
 @click.option("--description", help="One paragraph.")
+@click.option("--private/--public", default=None, help="Whether only the namespace's members see a new adapter.")
 @common_options
 @pass_settings
 def publish(
@@ -33,6 +35,7 @@ def publish(
     license: str | None,
     tags: tuple[str, ...],
     description: str | None,
+    private: bool | None,
 ) -> None:
     """Publish the adapter in DIR as a new version.
 
@@ -47,6 +50,7 @@ def publish(
             license=license,
             tags=tags,
             description=description,
+            private=private,
             progress=progress,
         )
     info = result.version
@@ -75,20 +79,30 @@ def list_adapters(
 
 
 @click.command()
-@click.argument("words", metavar="TEXT...", nargs=-1, required=True)
+@click.argument("words", metavar="[TEXT]...", nargs=-1)
+@click.option("--namespace", help="Only in this namespace.")
+@click.option("--kind", help="Only of this kind, such as lora.")
+@click.option("--rank", type=click.IntRange(min=1), help="Only of this rank.")
+@click.option("--task", help="Only for this task, such as CAUSAL_LM.")
+@click.option("--license", help="Only under this licence.")
+@click.option("--base", metavar="NAME", help="Only those trained on this base.")
+@click.option("--tag", help="Only with this tag.")
 @limit_option
 @common_options
 @pass_settings
-def search(settings: Settings, words: tuple[str, ...], limit: int | None) -> None:
-    """Find adapters by words in name, description, tags, base or target modules; all must be there."""
+def search(settings: Settings, words: tuple[str, ...], limit: int | None, **wanted: Any) -> None:
+    """Find adapters, newest first, by beginnings of words in name, description, tags, base or target modules.
+
+    All words must be there.
+    """
     from cli.views import version_table
 
     text = " ".join(words)
-    found = collect(partial(settings.registry.search, text), limit)
+    found = collect(partial(settings.registry.search, text, **wanted), limit)
     emit(
         settings,
         found,
-        lambda: version_table(found, f"nothing holds all of: {text}"),
+        lambda: version_table(found, f"nothing holds all of: {text}" if text else "nothing is like that"),
         lambda: [f"{item.name}@{item.version}" for item in found],
     )
 
@@ -107,13 +121,14 @@ def show(settings: Settings, ref: str) -> None:
 
 @click.command()
 @click.argument("name")
+@limit_option
 @common_options
 @pass_settings
-def versions(settings: Settings, name: str) -> None:
-    """List all versions of the adapter NAME, newest first."""
+def versions(settings: Settings, name: str, limit: int | None) -> None:
+    """List all versions of the adapter NAME, the highest first."""
     from cli.views import version_table
 
-    found = settings.registry.list_versions(name)
+    found = collect(partial(settings.registry.list_versions, name), limit)
     emit(settings, found, lambda: version_table(found, "no versions"), lambda: [f"{v.name}@{v.version}" for v in found])
 
 
@@ -156,6 +171,18 @@ def pull(settings: Settings, ref: str, out: Path | None) -> None:
     emit(settings, value, lambda: f"pulled {info.name}@{info.version} to {folder}\n{files}", lambda: str(folder))
 
 
+@click.command()
+@click.argument("name")
+@click.option("--private/--public", required=True, help="Only members of the namespace see it, or everybody.")
+@common_options
+@pass_settings
+def visibility(settings: Settings, name: str, private: bool) -> None:
+    """Hide the adapter NAME from all but the members of its namespace, or show it."""
+    info = settings.registry.set_private(name, private)
+    text = "private" if info.private else "public"
+    emit(settings, info, lambda: f"{info.name} is {text}", lambda: text)
+
+
 COMMANDS = {
     "publish": publish,
     "list": list_adapters,
@@ -164,4 +191,5 @@ COMMANDS = {
     "versions": versions,
     "alias": alias,
     "pull": pull,
+    "visibility": visibility,
 }

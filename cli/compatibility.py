@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
+from cli.listing import collect, limit_option
 from cli.options import LEVELS, Settings, common_options, pass_settings
 from cli.output import emit
 
@@ -19,14 +22,15 @@ level_option = click.option(
 @click.command()
 @click.argument("base")
 @level_option
+@limit_option
 @common_options
 @pass_settings
-def compatible(settings: Settings, base: str, level: str) -> None:
+def compatible(settings: Settings, base: str, level: str, limit: int | None) -> None:
     """List the adapters that fit the base BASE, best first."""
     from cli.views import compatible_table
     from registry.schemas import Level
 
-    fits = settings.registry.compatible(base, level=Level(level))
+    fits = collect(partial(settings.registry.compatible, base, level=Level(level)), limit)
     emit(
         settings,
         fits,
@@ -38,14 +42,15 @@ def compatible(settings: Settings, base: str, level: str) -> None:
 @click.command()
 @click.argument("adapter")
 @level_option
+@limit_option
 @common_options
 @pass_settings
-def bases(settings: Settings, adapter: str, level: str) -> None:
+def bases(settings: Settings, adapter: str, level: str, limit: int | None) -> None:
     """List the registered bases that the adapter ADAPTER fits, best first."""
     from cli.views import fits_table
     from registry.schemas import Level
 
-    fits = settings.registry.bases_for(adapter, level=Level(level))
+    fits = collect(partial(settings.registry.bases_for, adapter, level=Level(level)), limit)
     emit(settings, fits, lambda: fits_table(fits, adapter), lambda: [fit.base.name for fit in fits])
 
 

@@ -137,6 +137,8 @@ def plan(
     "-o", "--out", type=click.Path(path_type=Path), help="A new folder; default: named after the recipe, in this one."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
+@click.option("--queue", is_flag=True, help="Only queue it, for a worker to run; prints the job.")
 @common_options
 @pass_settings
 def compose(
@@ -150,18 +152,28 @@ def compose(
     allow: str,
     out: Path | None,
     force: bool,
+    accept_licences: bool,
+    queue: bool,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
     RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
     YAML file that may give weights by module. The folder appears whole or not at all.
     """
-    from cli.views import composition_block
+    from cli.views import composition_block, job_block
 
     wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow)
+    if queue:
+        from registry.api.rules import refuse_paths
+
+        job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences)
+        emit(settings, job, lambda: job_block(job), lambda: job.id)
+        return
     folder = out or default_out(wanted)
     with settings.progress() as progress:
-        result = settings.registry.compose(wanted, folder, replace=force, progress=progress)
+        result = settings.registry.compose(
+            wanted, folder, replace=force, accept_licences=accept_licences, progress=progress
+        )
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
 
 

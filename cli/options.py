@@ -19,7 +19,19 @@ from composer.errors import UsageError
 if TYPE_CHECKING:
     from registry.interface import Registry
 
-__all__ = ["ALLOW", "DTYPES", "EXPORTS", "LEVELS", "RELATIONS", "Settings", "common_options", "pass_settings"]
+__all__ = [
+    "ALLOW",
+    "DTYPES",
+    "EXPORTS",
+    "JOB_STATES",
+    "LEVELS",
+    "RELATIONS",
+    "ROLES",
+    "SCOPES",
+    "Settings",
+    "common_options",
+    "pass_settings",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,6 +42,9 @@ EXPORTS = ("safetensors", "onnx", "peft")
 ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")
 RELATIONS = ("finetune", "quantized", "merged", "resized")
+JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+SCOPES = ("read", "publish", "compose", "admin")
+ROLES = ("reader", "publisher", "owner")
 FORMATS = ("human", "json", "quiet")
 
 
@@ -63,7 +78,7 @@ class Settings:
             if url := self.remote_url:
                 from registry.client import RemoteRegistry
 
-                self._registry = RemoteRegistry(url)
+                self._registry = RemoteRegistry(url, token=os.environ.get("REGISTRY_TOKEN") or None)
             else:
                 self._registry = self.open_local()
         opened: Registry = self._registry

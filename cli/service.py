@@ -17,42 +17,113 @@ from composer.errors import ConflictError, PolicyError, TypedError, UsageError
 
 __all__ = ["COMMANDS"]
 
+RATE = 6000  # requests a minute of one token
+
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address to listen at.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="An address to listen at; beyond loopback, tokens are needed.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any that is free.")
+@click.option("--require-tokens", is_flag=True, help="Ask for tokens on loopback too.")
+@click.option(
+    "--rate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Requests a minute of a caller; with tokens 6000.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(0, 64),
+    default=1,
+    show_default=True,
+    help="Jobs at a time; 0 leaves them to 'registry worker'.",
+)
+@click.option("--max-queue", type=click.IntRange(min=1), default=1000, show_default=True, help="Jobs that may wait.")
+@click.option(
+    "--max-disk",
+    type=click.IntRange(min=1),
+    metavar="BYTES",
+    help="What compositions may take; default: all but 512 MiB.",
+)
 @click.option("--max-upload", type=click.IntRange(min=1), metavar="BYTES", help="The largest upload to take.")
 @common_options
 @pass_settings
-def serve(settings: Settings, host: str, port: int, max_upload: int | None) -> None:
+def serve(
+    settings: Settings,
+    host: str,
+    port: int,
+    require_tokens: bool,
+    rate: int | None,
+    jobs: int,
+    max_queue: int,
+    max_disk: int | None,
+    max_upload: int | None,
+) -> None:
     """Serve the registry over HTTP until interrupted; its URL is printed on stdout.
 
-    Access is open, so only this machine may connect. The API is described at /api/v1/docs.
+    On a loopback address access is open, unless --require-tokens is given. Beyond it every request needs a token of
+    'registry token create', and the service does not start before there is one. Put a proxy that speaks TLS in front.
+    The API is described at /api/v1/docs.
     """
-    address = _loopback(host)
     if settings.url:
         raise UsageError(
             "serve runs on this machine", expected="no --url", found=settings.url, remedy="leave --url out"
         )
-    listener = _listen(address, port)
-    with listener:
-        _run(settings, listener, max_upload)
+    address, loopback = _address(host)
+    local = settings.open_local()
+    app = None
+    try:
+        from registry.services.jobs import JobLimits, JobService
+
+        queue = JobService(local, limits=JobLimits(queued=max_queue, disk_bytes=max_disk), slots=jobs)
+        app = _application(local, queue, tokens=require_tokens or not loopback, rate=rate, max_upload=max_upload)
+        with _listen(address, port) as listener:
+            _run(app, listener, "warning" if settings.format == "quiet" else "info")
+    finally:
+        local.close()
+        if app is not None and app.state.left_behind:
+            sys.stderr.flush()
+            os._exit(0)  # a thread inside torch would make Python's own way out abort
 
 
-def _loopback(host: str) -> str:
-    """The address of `host`. Raises PolicyError for one that others can reach."""
+def _application(local: Any, queue: Any, *, tokens: bool, rate: int | None, max_upload: int | None) -> Any:
+    """The service, closed to all but holders of tokens or open. Raises PolicyError when nobody could enter."""
+    from registry.api.app import MAX_UPLOAD_BYTES, create_app
+    from registry.api.guard import LOOPBACK_HOSTS
+
+    if tokens and not local.tokens.any_valid():
+        raise PolicyError(
+            "access needs tokens, and there is none",
+            expected="a valid token, or a loopback address",
+            found="none",
+            remedy="make one first: registry token create NAME --subject YOU --scope admin",
+        )
+    return create_app(
+        local,
+        queue,
+        max_upload_bytes=max_upload or MAX_UPLOAD_BYTES,
+        hosts=None if tokens else LOOPBACK_HOSTS,
+        authenticators=(local.authenticator(),) if tokens else None,
+        requests_per_minute=rate or (RATE if tokens else None),
+    )
+
+
+def _address(host: str) -> tuple[str, bool]:
+    """The address of `host`, and whether it is of this machine only. Raises UsageError for a name."""
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        address = None
-    if address is None or not address.is_loopback:
-        raise PolicyError(
-            f"access is open, so it is not offered at {host}",
-            expected="127.0.0.1, ::1 or localhost",
+        raise UsageError(
+            f"{host!r} is not an address",
+            expected="127.0.0.1, ::1, localhost, or an address of this machine such as 0.0.0.0",
             found=host,
-            remedy="leave --host out; put a proxy that knows your users in front, or use an SSH tunnel",
-        )
-    return str(address)
+            remedy="give an address",
+        ) from None
+    return str(address), address.is_loopback
 
 
 def _listen(address: str, port: int) -> socket.socket:
@@ -73,34 +144,16 @@ def _listen(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(settings: Settings, listener: socket.socket, max_upload: int | None) -> None:
+def _run(app: Any, listener: socket.socket, level: str) -> None:
     import uvicorn
 
-    from registry.api.app import MAX_UPLOAD_BYTES, create_app
-    from registry.api.guard import LOOPBACK_HOSTS
-    from registry.services.jobs import JobService
-
-    local = settings.open_local()
-    app = None
-    try:
-        app = create_app(
-            local, JobService(local), max_upload_bytes=max_upload or MAX_UPLOAD_BYTES, hosts=LOOPBACK_HOSTS
-        )
-        level = "warning" if settings.format == "quiet" else "info"
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=_log_config(), log_level=level, timeout_graceful_shutdown=5)
-        )
-        host, port = listener.getsockname()[:2]
-        click.echo(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down: that is how a service ends
-            server.run(sockets=[listener])
-        if not server.started:
-            raise TypedError("the service did not start", remedy="look at the messages above, and at 'registry doctor'")
-    finally:
-        local.close()
-        if app is not None and app.state.left_behind:
-            sys.stderr.flush()
-            os._exit(0)  # a thread inside torch would make Python's own way out abort
+    server = uvicorn.Server(uvicorn.Config(app, log_config=_log_config(), log_level=level, timeout_graceful_shutdown=5))
+    host, port = listener.getsockname()[:2]
+    click.echo(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down: that is how a service ends
+        server.run(sockets=[listener])
+    if not server.started:
+        raise TypedError("the service did not start", remedy="look at the messages above, and at 'registry doctor'")
 
 
 def _log_config() -> dict[str, Any]:
@@ -108,7 +161,12 @@ def _log_config() -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
+        "formatters": {
+            "line": {
+                "()": "registry.redaction.RedactingFormatter",
+                "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s",
+            }
+        },
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {name: {"level": "INFO"} for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "registry")},

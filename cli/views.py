@@ -7,30 +7,45 @@ from typing import Any
 
 from cli.output import block, short, size, table
 from registry.schemas import (
+    AuditEntry,
+    BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
     FileInfo,
+    JobInfo,
+    LineageInfo,
+    NamespaceInfo,
     PlanInfo,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
 
 __all__ = [
+    "audit_table",
     "base_block",
+    "base_check_block",
     "base_table",
     "checks_table",
+    "collected_block",
     "compatible_table",
     "composition_block",
     "conversion_block",
     "delta_block",
     "fits_table",
     "inspection",
+    "job_block",
+    "job_table",
+    "lineage_table",
+    "namespace_table",
     "plan_block",
+    "token_table",
     "verdict_lines",
     "version_block",
     "version_table",
@@ -60,6 +75,7 @@ def base_block(base: BaseInfo) -> str:
             ("parameters", f"{base.parameters:,} in {base.tensors} tensors"),
             ("size", size(base.nbytes)),
             ("parent", f"{base.parent} ({base.relation})" if base.parent else None),
+            ("license", base.license),
             ("location", base.location),
             ("tokenizer", base.tokenizer_digest),
             ("chat template", base.chat_template_digest),
@@ -68,6 +84,114 @@ def base_block(base: BaseInfo) -> str:
             ("layout", base.layout_digest),
             ("config", base.config_digest),
             ("registered", f"{base.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ]
+    )
+
+
+def base_check_block(check: BaseCheck) -> str:
+    """Whether it is intact, and what is not."""
+    return block(
+        [
+            ("name", check.name),
+            ("intact", "yes" if check.intact else "no"),
+            ("fingerprint", check.fingerprint),
+            ("found", None if check.intact else check.found),
+            ("changed", check.changed),
+        ]
+    )
+
+
+def _done(job: JobInfo) -> str | None:
+    return f"{size(job.bytes_done)} of {size(job.bytes_total)}" if job.bytes_total else None
+
+
+def job_table(jobs: Sequence[JobInfo]) -> str:
+    """One line a job."""
+    rows = [
+        (job.id, job.kind, job.state.value, job.step, _done(job), f"{job.created_at:%Y-%m-%d %H:%M:%S}", job.title)
+        for job in jobs
+    ]
+    return table(("JOB", "KIND", "STATE", "STEP", "DONE", "SUBMITTED", "WHAT"), rows, "no jobs")
+
+
+def job_block(job: JobInfo) -> str:
+    """All of a job, with its error or what came of it."""
+    error = job.error or {}
+    return block(
+        [
+            ("job", job.id),
+            ("kind", job.kind),
+            ("what", job.title),
+            ("state", job.state.value),
+            ("step", job.step),
+            ("done", _done(job)),
+            ("attempts", job.attempts),
+            ("submitted", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("finished", job.finished_at and f"{job.finished_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("error", error.get("message")),
+            ("remedy", error.get("remedy")),
+            ("digest", getattr(job.result, "output_digest", None) or getattr(job.result, "fingerprint", None)),
+        ]
+    )
+
+
+def token_table(tokens: Sequence[TokenInfo]) -> str:
+    """One line a token."""
+    rows = [
+        (
+            token.id,
+            token.subject,
+            ", ".join(token.scopes),
+            "all" if token.namespaces is None else ", ".join(token.namespaces),
+            "revoked" if token.revoked_at else f"{token.expires_at:%Y-%m-%d}",
+            token.last_used_at and f"{token.last_used_at:%Y-%m-%d %H:%M}",
+            token.name,
+        )
+        for token in tokens
+    ]
+    headers = ("TOKEN", "SUBJECT", "SCOPES", "NAMESPACES", "EXPIRES", "LAST USED", "NAME")
+    return table(headers, rows, "no tokens")
+
+
+def namespace_table(namespaces: Sequence[NamespaceInfo]) -> str:
+    """One line a member."""
+    rows = [(item.name, member.subject, member.role.value) for item in namespaces for member in item.members]
+    return table(("NAMESPACE", "SUBJECT", "ROLE"), rows, "no namespace has members")
+
+
+def audit_table(entries: Sequence[AuditEntry]) -> str:
+    """One line an entry."""
+    rows = [
+        (f"{entry.at:%Y-%m-%d %H:%M:%S}", entry.subject, entry.token, entry.action, entry.target,
+         ", ".join(f"{name}={value}" for name, value in entry.detail.items() if value is not None))
+        for entry in entries
+    ]  # fmt: skip
+    return table(("AT", "SUBJECT", "TOKEN", "ACTION", "TARGET", "DETAIL"), rows, "nothing was changed yet")
+
+
+def lineage_table(line: LineageInfo) -> str:
+    """One line a relative, the farthest ancestor first."""
+    rows = []
+    lines = (("ancestor", line.ancestors[::-1]), ("descendant", line.descendants), ("suggested", line.suggestions))
+    for what, edges in lines:
+        for edge in edges:
+            share = f"{edge.evidence.shared_parameters:.1%}" if edge.evidence else None
+            how = f"{edge.relation} of {edge.parent}" if edge.parent else None
+            rows.append((what, edge.depth or None, edge.name, how, share, "yes" if edge.verified else None))
+    headers = ("", "STEPS", "BASE", "DECLARED", "SHARED WEIGHTS", "VERIFIED")
+    return table(headers, rows, f"{line.name} has no relatives")
+
+
+def collected_block(found: Collected) -> str:
+    """What went, or would go."""
+    return block(
+        [
+            ("would remove" if found.dry_run else "removed", size(found.nbytes)),
+            ("stored files", found.blobs),
+            ("uploads", found.uploads),
+            ("compositions", found.compositions),
+            ("jobs", found.jobs),
+            ("records", found.records),
         ]
     )
 
@@ -112,8 +236,14 @@ def version_block(version: VersionInfo) -> str:
             ("base", _base_of(version)),
             ("base hash", version.base_fingerprint),
             ("trained on", version.base_name),
+            ("task", version.task),
+            ("downloads", version.downloads),
             ("license", version.license),
+            ("state", None if version.state.value == "published" else f"{version.state}: {version.state_reason}"),
+            ("deprecated", version.deprecated),
+            ("successor", version.successor),
             ("tags", ", ".join(version.tags)),
+            ("seen by", "members of its namespace" if version.private else None),
             ("description", version.description),
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]

@@ -22,12 +22,17 @@ from composer.provenance import manifest_digest
 from composer.recipe import Recipe, is_path, split_reference
 from composer.sinks import FolderSink
 from registry import __version__
+from registry.access import Role, Scope
 from registry.api.rules import refuse_path, refuse_paths
-from registry.interface import DEFAULT_MAX_BYTES, DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_MAX_BYTES, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
+from registry.lifecycle import require_usable
 from registry.names import adapter_name
 from registry.schemas import (
+    AuditEntry,
+    BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
@@ -37,10 +42,14 @@ from registry.schemas import (
     JobInfo,
     JobState,
     Level,
+    LineageInfo,
+    NamespaceInfo,
+    NewToken,
     Page,
     PlanInfo,
     PublishResult,
     Relation,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
@@ -65,16 +74,21 @@ class JobCancelledError(TypedError):
 
 
 class RemoteRegistry:
-    """A service at `url`. `transport` takes the place of the network in tests."""
+    """A service at `url`, asked with an API token where it wants one. `transport` replaces the network in tests."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None, *, token: str | None = None) -> None:
         self.url = url.rstrip("/")
+        headers = {"User-Agent": f"adapter-registry/{__version__}", "Accept-Encoding": "identity"}
+        if token is not None:
+            if not (token.isascii() and token.isprintable() and " " not in token):
+                raise UsageError("REGISTRY_TOKEN holds something else than a token", expected="ar_…")
+            headers["Authorization"] = f"Bearer {token}"
         with connection_errors(url):
             self._http = httpx.Client(
                 base_url=f"{self.url}/api/v1",
                 transport=transport,
                 timeout=TIMEOUT,
-                headers={"User-Agent": f"adapter-registry/{__version__}", "Accept-Encoding": "identity"},
+                headers=headers,
                 trust_env=httpx.URL(url).host not in LOOPBACK,  # no proxy reaches our own machine
             )
 
@@ -89,9 +103,10 @@ class RemoteRegistry:
         name: str | None = None,
         parent: str | None = None,
         relation: Relation | None = None,
+        license: str | None = None,
         progress: Progress | None = None,
     ) -> BaseInfo:
-        """Upload a checkpoint: its weights and the files that go along."""
+        """Upload a checkpoint (its weights and the files that go along), which a job on the service fingerprints."""
         from composer.checkpoint import INDEX, open_checkpoint
         from composer.files import copy_names
         from registry.names import base_name, slug
@@ -100,8 +115,11 @@ class RemoteRegistry:
         checkpoint = open_checkpoint(folder)
         names = [*(shard.name for shard in checkpoint.shards), *copy_names(checkpoint.files)]
         names += [INDEX] if checkpoint.sharded else []
-        fields = {"name": base_name(name or slug(folder)), "parent": parent, "relation": relation and relation.value}
-        return self._upload("/bases", BaseInfo, fields, {item: checkpoint.files[item] for item in names}, progress)
+        fields = {"name": base_name(name or slug(folder)), "parent": parent, "relation": relation and relation.value,
+                  "license": license}  # fmt: skip
+        files = {item: checkpoint.files[item] for item in names}
+        job = self._upload("/bases?background=true", JobInfo, fields, files, progress)
+        return self._wait(job, BaseInfo, progress)[1]
 
     def list_bases(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[BaseInfo]:
         """Registered bases by name."""
@@ -110,6 +128,51 @@ class RemoteRegistry:
     def get_base(self, ref: str) -> BaseInfo:
         """One base by name or fingerprint."""
         return self._get(_base(ref), BaseInfo)
+
+    def verify_base(self, ref: str, *, progress: Progress | None = None) -> BaseCheck:
+        """A job on the service."""
+        job = self._read(self._send("POST", f"{_base(ref)}/verifications"), JobInfo)
+        return self._wait(job, BaseCheck, progress)[1]
+
+    def remove_base(self, ref: str) -> None:
+        """Forget a base."""
+        self._send("DELETE", _base(ref))
+
+    def yank(self, ref: str, reason: str | None) -> VersionInfo:
+        """Withdraw a version, or publish it again."""
+        return self._read(self._change(ref, "yank", reason and {"reason": reason}), VersionInfo)
+
+    def deprecate(self, ref: str, reason: str | None, *, successor: str | None = None) -> VersionInfo:
+        """Warn all who use a version, or no longer."""
+        body = reason and {"reason": reason, "successor": successor}
+        return self._read(self._change(ref, "deprecation", body), VersionInfo)
+
+    def quarantine(self, ref: str, reason: str | None) -> tuple[VersionInfo, ...]:
+        """Block the bytes of a version, or lift that."""
+        return self._read(self._change(ref, "quarantine", reason and {"reason": reason}), Page[VersionInfo]).items
+
+    def _change(self, ref: str, what: str, body: Any) -> httpx.Response:
+        path, version = _adapter(ref)
+        path = f"{path}/versions/{_segment(version or 'latest')}/{what}"
+        return self._send("PUT", path, json=body) if body else self._send("DELETE", path)
+
+    def delete_version(self, ref: str) -> None:
+        """Remove a version."""
+        path, version = _adapter(ref)
+        self._send("DELETE", f"{path}/versions/{_segment(version or 'latest')}")
+
+    def collect(
+        self,
+        *,
+        grace_days: float = GRACE_DAYS,
+        keep_jobs_days: float = KEEP_JOBS_DAYS,
+        keep_records_days: float | None = None,
+        dry_run: bool = False,
+    ) -> Collected:
+        """Remove what nothing names any more, on the service."""
+        body = {"grace_days": grace_days, "keep_jobs_days": keep_jobs_days, "keep_records_days": keep_records_days,
+                "dry_run": dry_run}  # fmt: skip
+        return self._read(self._send("POST", "/collections", json=body), Collected)
 
     def publish(
         self,
@@ -121,6 +184,7 @@ class RemoteRegistry:
         license: str | None = None,
         tags: tuple[str, ...] = (),
         description: str | None = None,
+        private: bool | None = None,
         progress: Progress | None = None,
     ) -> PublishResult:
         """Upload an adapter; its base, where that is a folder of this machine, is fingerprinted here."""
@@ -136,7 +200,8 @@ class RemoteRegistry:
             card = read_card(adapter.files.get("README.md"))
             base = claim_from_folder(adapter, card, read_paths=True, progress=progress).fingerprint
         fields = {"name": "/".join(adapter_name(name)), "version": version, "base": base, "license": license,
-                  "tags": tags, "description": description}  # fmt: skip
+                  "tags": tags, "description": description,
+                  "private": None if private is None else str(private).lower()}  # fmt: skip
         return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
 
     def import_model(
@@ -172,18 +237,37 @@ class RemoteRegistry:
             "/adapters", Page[VersionInfo], namespace=namespace, kind=kind, base=base, limit=limit, cursor=cursor
         )
 
-    def search(self, text: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
-        """Adapters that hold every word."""
-        return self._get("/search", Page[VersionInfo], q=text, limit=limit, cursor=cursor)
+    def search(
+        self,
+        text: str = "",
+        *,
+        namespace: str | None = None,
+        kind: str | None = None,
+        rank: int | None = None,
+        task: str | None = None,
+        license: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[VersionInfo]:
+        """Latest versions with these properties."""
+        wanted = {"q": text, "namespace": namespace, "kind": kind, "rank": rank, "task": task, "license": license,
+                  "base": base, "tag": tag}  # fmt: skip
+        return self._get("/search", Page[VersionInfo], **wanted, limit=limit, cursor=cursor)
+
+    def lineage(self, base: str) -> LineageInfo:
+        """The line of a base."""
+        return self._get(f"{_base(base)}/lineage", LineageInfo)
 
     def get_version(self, ref: str) -> VersionInfo:
         """One version."""
         path, version = _adapter(ref)
         return self._get(path, VersionInfo, version=version)
 
-    def list_versions(self, name: str) -> tuple[VersionInfo, ...]:
-        """All versions, newest first."""
-        return self._get(f"{_adapter(name)[0]}/versions", Page[VersionInfo]).items
+    def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
+        """All versions, the highest first."""
+        return self._get(f"{_adapter(name)[0]}/versions", Page[VersionInfo], limit=limit, cursor=cursor)
 
     def set_alias(self, ref: str, alias: str) -> VersionInfo:
         """Create or move an alias."""
@@ -198,6 +282,7 @@ class RemoteRegistry:
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
         """Download a version's files, each checked against its digest."""
         info = self.get_version(ref)
+        require_usable(info, f"{info.name}@{info.version}", split_reference(ref)[1])
         path, _ = _adapter(info.name)
         files = {file.name: (file.sha256, file.size) for file in info.files}
         with FolderSink(out.expanduser().resolve()) as sink:
@@ -205,14 +290,20 @@ class RemoteRegistry:
             sink.commit()
         return info
 
-    def compatible(self, base: str, *, level: Level = Level.SHAPE) -> tuple[CompatibleAdapter, ...]:
+    def compatible(
+        self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[CompatibleAdapter]:
         """Latest versions that fit a base."""
-        return self._get(f"{_base(base)}/adapters", Page[CompatibleAdapter], level=level.value).items
+        path = f"{_base(base)}/adapters"
+        return self._get(path, Page[CompatibleAdapter], level=level.value, limit=limit, cursor=cursor)
 
-    def bases_for(self, ref: str, *, level: Level = Level.SHAPE) -> tuple[BaseFit, ...]:
+    def bases_for(
+        self, ref: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[BaseFit]:
         """Registered bases that an adapter fits."""
         path, version = _adapter(ref)
-        return self._get(f"{path}/bases", Page[BaseFit], version=version, level=level.value).items
+        wanted = {"version": version, "level": level.value, "limit": limit, "cursor": cursor}
+        return self._get(f"{path}/bases", Page[BaseFit], **wanted)
 
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair."""
@@ -226,7 +317,13 @@ class RemoteRegistry:
         return self._read(self._send("POST", "/plans", json=body), PlanInfo)
 
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        accept_licences: bool = False,
+        progress: Progress | None = None,
     ) -> CompositionInfo:
         """Run a job on the service and download what it made. An interrupt cancels the job."""
         out = out.expanduser().resolve()
@@ -237,7 +334,7 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._run(refuse_paths(recipe), progress)
+            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
             files = _outputs(result)
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
@@ -251,6 +348,29 @@ class RemoteRegistry:
             sink.commit()
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
+
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+        """Queue a compose."""
+        body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
+
+    def list_jobs(
+        self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[JobInfo]:
+        """Jobs, newest first."""
+        return self._get("/jobs", Page[JobInfo], state=state and state.value, limit=limit, cursor=cursor)
+
+    def get_job(self, job_id: str) -> JobInfo:
+        """One job."""
+        return self._get(f"/jobs/{_segment(job_id)}", JobInfo)
+
+    def cancel_job(self, job_id: str) -> JobInfo:
+        """Stop a job that waits or runs."""
+        return self._read(self._send("DELETE", f"/jobs/{_segment(job_id)}"), JobInfo)
+
+    def retry_job(self, job_id: str) -> JobInfo:
+        """Queue a failed or cancelled job again."""
+        return self._read(self._send("POST", f"/jobs/{_segment(job_id)}/retry"), JobInfo)
 
     def extract(
         self,
@@ -296,6 +416,57 @@ class RemoteRegistry:
             }
             return resize_folder(Path(folder) / "adapter", out, rank, energy, known)
 
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        """Hide or show an adapter."""
+        body = {"private": private}
+        return self._read(self._send("PUT", f"{_adapter(name)[0]}/visibility", json=body), VersionInfo)
+
+    def create_token(
+        self,
+        name: str,
+        *,
+        subject: str,
+        scopes: tuple[Scope, ...],
+        namespaces: tuple[str, ...] | None = None,
+        days: int = DEFAULT_DAYS,
+    ) -> NewToken:
+        """A new token."""
+        body = {"name": name, "subject": subject, "scopes": scopes, "namespaces": namespaces, "days": days}
+        return self._read(self._send("POST", "/tokens", json=body), NewToken)
+
+    def list_tokens(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[TokenInfo]:
+        """All tokens."""
+        return self._get("/tokens", Page[TokenInfo], limit=limit, cursor=cursor)
+
+    def revoke_token(self, token_id: str) -> TokenInfo:
+        """End a token."""
+        return self._read(self._send("DELETE", f"/tokens/{_segment(token_id)}"), TokenInfo)
+
+    def list_namespaces(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[NamespaceInfo]:
+        """Namespaces with members."""
+        return self._get("/namespaces", Page[NamespaceInfo], limit=limit, cursor=cursor)
+
+    def grant(self, namespace: str, subject: str, role: Role) -> NamespaceInfo:
+        """Make a subject a member."""
+        path = f"/namespaces/{_segment(namespace)}/members/{_segment(subject)}"
+        return self._read(self._send("PUT", path, json={"role": role.value}), NamespaceInfo)
+
+    def revoke(self, namespace: str, subject: str) -> NamespaceInfo:
+        """Take a subject out of a namespace."""
+        path = f"/namespaces/{_segment(namespace)}/members/{_segment(subject)}"
+        return self._read(self._send("DELETE", path), NamespaceInfo)
+
+    def audit(
+        self,
+        *,
+        subject: str | None = None,
+        target: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[AuditEntry]:
+        """Who changed what."""
+        return self._get("/audit", Page[AuditEntry], subject=subject, target=target, limit=limit, cursor=cursor)
+
     def inspect(self, ref: str) -> dict[str, Any]:
         """A folder is inspected here; a name on the service, where bases come first."""
         if is_path(ref):
@@ -317,8 +488,8 @@ class RemoteRegistry:
             raise self._odd_reply(error) from error
         return (DoctorCheck(name="service", ok=True, detail=self.url), *checks)
 
-    def _run(self, recipe: Recipe, progress: Progress | None) -> tuple[JobInfo, CompositionInfo]:
-        job = self._read(self._send("POST", "/compositions", json=recipe.model_dump(mode="json")), JobInfo)
+    def _wait(self, job: JobInfo, model: type[M], progress: Progress | None) -> tuple[JobInfo, M]:
+        """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""
         path, wait = f"/jobs/{_segment(job.id)}", FIRST_POLL_S
         try:
             while job.state in (JobState.QUEUED, JobState.RUNNING):
@@ -331,7 +502,7 @@ class RemoteRegistry:
             with suppress(TypedError):
                 self._send("DELETE", path, timeout=httpx.Timeout(5.0))
             raise
-        if job.result is not None:
+        if isinstance(job.result, model):
             return job, job.result
         if job.error:
             raise read_error(httpx.Response(500, json={"error": job.error}), self.url)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from composer.adapters import Target, bind_targets
+from composer.adapters import Binding, Target, bind_targets
 from composer.recipe import Allow
 from registry.schemas import Level, Reason, Verdict
 
@@ -57,13 +57,19 @@ def accepts(allow: Allow, level: Level) -> bool:
 
 
 def assess(
-    targets: tuple[Target, ...], claim: BaseClaim, base: BaseFacts, differing: tuple[str, ...] | None = None
+    targets: tuple[Target, ...],
+    claim: BaseClaim,
+    base: BaseFacts,
+    differing: tuple[str, ...] | None = None,
+    *,
+    binding: Binding | None = None,
 ) -> Verdict:
     """The verdict for one adapter and one base, over the modules it touches.
 
+    binding: of these targets on this base, where it is known already.
     differing: names of the tensors in which the adapter's own base and this one differ, where both are registered.
     """
-    binding = bind_targets(targets, base.shapes)
+    binding = binding or bind_targets(targets, base.shapes)
     if binding.mismatches:
         listed = "; ".join(map(str, binding.mismatches[:LISTED]))
         more = len(binding.mismatches) - LISTED

@@ -17,10 +17,22 @@ from sqlalchemy.orm import Session
 
 from composer.errors import StorageError
 
-__all__ = ["MIGRATIONS", "create_database_engine", "current_revision", "head_revision", "migrate", "session_scope"]
+__all__ = [
+    "MIGRATIONS",
+    "CatalogueSession",
+    "create_database_engine",
+    "current_revision",
+    "head_revision",
+    "migrate",
+    "session_scope",
+]
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 BUSY_TIMEOUT_S = 30
+
+
+class CatalogueSession(Session):
+    """The session of every service; registry.services.visibility narrows what it reads."""
 
 
 def create_database_engine(url: str) -> Engine:
@@ -51,7 +63,7 @@ def session_scope(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
     """One transaction: committed at the end, rolled back on any exception."""
     options = {"writes": True} if writes else {}
     try:
-        with Session(engine.execution_options(**options), expire_on_commit=False) as session, session.begin():
+        with CatalogueSession(engine.execution_options(**options), expire_on_commit=False) as session, session.begin():
             yield session
     except OperationalError as error:
         raise StorageError(

@@ -13,9 +13,19 @@ ConflictError
 ├── NameTakenError             another base or an adapter holds that name
 ├── RepositoryExistsError      a repository has that name
 ├── RefExistsError             the repository has that branch or tag
-└── StaleParentError           somebody else has committed since
+├── StaleParentError           somebody else has committed since
+└── DependentsError            something that is in use is to be removed
 TypedError
 └── HubUnreachableError        the hub of an import does not answer as one
+PolicyError
+├── AuthenticationError        no token, or one that is not valid
+├── ForbiddenError             a token that is not good for this
+├── RateLimitError             too many requests
+├── YankedError                a version that was withdrawn, by its name
+├── QuarantinedError           bytes that nobody may use
+├── LicenceConflictError       licences that cannot both be kept
+├── QueueFullError             too many jobs wait
+└── DiskLimitError             a composition would take more of the disk than is allowed
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
 └── BlobCorruptError           a stored file no longer has its digest
@@ -23,17 +33,25 @@ IntegrityError
 
 from __future__ import annotations
 
-from composer.errors import ConflictError, IntegrityError, NotFoundError, TypedError
+from composer.errors import ConflictError, IntegrityError, NotFoundError, PolicyError, TypedError
 
 __all__ = [
     "AdapterNotFoundError",
+    "AuthenticationError",
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "DependentsError",
+    "DiskLimitError",
     "EntryNotFoundError",
+    "ForbiddenError",
     "HubUnreachableError",
     "JobNotFoundError",
+    "LicenceConflictError",
     "NameTakenError",
+    "QuarantinedError",
+    "QueueFullError",
+    "RateLimitError",
     "RefExistsError",
     "RepositoryExistsError",
     "RepositoryNotFoundError",
@@ -41,6 +59,7 @@ __all__ = [
     "StaleParentError",
     "VersionNotFoundError",
     "VersionTakenError",
+    "YankedError",
 ]
 
 
@@ -78,6 +97,60 @@ class NameTakenError(ConflictError):
     """Another base or an adapter holds that name."""
 
     code = "name-taken"
+
+
+class DependentsError(ConflictError):
+    """Something that is in use is to be removed; `fields['dependents']` lists what uses it."""
+
+    code = "in-use"
+
+
+class YankedError(PolicyError):
+    """A version that was withdrawn, asked for by its name; its digest still works."""
+
+    code = "yanked"
+
+
+class QuarantinedError(PolicyError):
+    """Bytes that nobody may use."""
+
+    code = "quarantined"
+
+
+class LicenceConflictError(PolicyError):
+    """Licences that cannot both be kept; `fields['verdict']` says which."""
+
+    code = "licence-conflict"
+
+
+class AuthenticationError(PolicyError):
+    """No token, or one that is unknown, expired or revoked."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(PolicyError):
+    """The token is valid, but not good for this."""
+
+    code = "forbidden"
+
+
+class RateLimitError(PolicyError):
+    """Too many requests in a short time."""
+
+    code = "rate-limited"
+
+
+class QueueFullError(PolicyError):
+    """Too many jobs wait."""
+
+    code = "queue-full"
+
+
+class DiskLimitError(PolicyError):
+    """A composition would take more of the disk than is allowed."""
+
+    code = "disk-limit"
 
 
 class BaseChangedError(IntegrityError):

@@ -1,12 +1,14 @@
 """The catalogue's tables. Constraints live here, in the database, so that no code path can break them.
 
-    base_models ── base_files, base_tensors (leaves), parent (lineage)
-    adapters ── adapter_versions ── version_files, version_targets (signature)
+    base_models ── base_files, base_tensors (leaves), parent and base_closure (lineage)
+    adapters ── adapter_versions ── version_files, version_tags, version_downloads, signature ── signature_targets
              └─ aliases ──┘
     repositories ── commits ── commit_files       what was pushed through the Hub's protocol; published commits
                  └─ refs ────────┘                name their version or base
-    jobs            one a compose on the service
-    compositions    one a finished recipe over known inputs: cache key and proof
+    jobs            what runs in the background: one a compose, a base to fingerprint …
+    tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
+    compositions    one a finished recipe over known inputs (composition_inputs): cache key and proof
+    quarantine      bytes that nobody may use; tombstones: versions that were deleted
 
 Times are UTC. Digests are lower-case hex, with their scheme where a user sees them.
 """
@@ -29,25 +31,36 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 __all__ = [
     "AdapterRow",
     "AliasRow",
+    "AuditRow",
+    "BaseClosureRow",
     "BaseFileRow",
     "BaseModelRow",
     "BaseTensorRow",
     "CommitFileRow",
     "CommitRow",
+    "CompositionInputRow",
     "CompositionRow",
     "JobRow",
+    "MemberRow",
     "Model",
+    "QuarantineRow",
     "RefRow",
     "RepositoryRow",
+    "SignatureRow",
+    "SignatureTargetRow",
+    "TokenRow",
+    "TombstoneRow",
+    "VersionDownloadsRow",
     "VersionFileRow",
     "VersionRow",
-    "VersionTargetRow",
+    "VersionTagRow",
 ]
 
 # SQLite only numbers INTEGER primary keys by itself.
@@ -114,6 +127,7 @@ class BaseModelRow(Model):
     parameters: Mapped[int] = mapped_column(BigInteger)
     nbytes: Mapped[int] = mapped_column(BigInteger)
     location: Mapped[str] = mapped_column(Text)
+    license: Mapped[str | None] = mapped_column(String(100))
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("base_models.id", ondelete="RESTRICT"), index=True)
     relation: Mapped[str | None] = mapped_column(String(20))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
@@ -136,6 +150,20 @@ class BaseFileRow(Model):
     sha256: Mapped[str] = mapped_column(String(64))
 
 
+class BaseClosureRow(Model):
+    """A pair of an ancestor and a descendant, and how many edges lie between them."""
+
+    __tablename__ = "base_closure"
+    __table_args__ = (
+        CheckConstraint("depth > 0", name="depth"),
+        Index("ix_base_closure_descendant", "descendant_id", "depth"),
+    )
+
+    ancestor_id: Mapped[int] = mapped_column(ForeignKey("base_models.id", ondelete="CASCADE"), primary_key=True)
+    descendant_id: Mapped[int] = mapped_column(ForeignKey("base_models.id", ondelete="CASCADE"), primary_key=True)
+    depth: Mapped[int] = mapped_column(Integer)
+
+
 class BaseTensorRow(Model):
     """One leaf of a fingerprint."""
 
@@ -154,11 +182,15 @@ class AdapterRow(Model):
     """A name that versions live under."""
 
     __tablename__ = "adapters"
-    __table_args__ = (UniqueConstraint("namespace", "name"),)
+    __table_args__ = (
+        UniqueConstraint("namespace", "name"),
+        Index("ix_adapters_private", "namespace", sqlite_where=text("private"), postgresql_where=text("private")),
+    )
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     namespace: Mapped[str] = mapped_column(String(100))
     name: Mapped[str] = mapped_column(String(100))
+    private: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     versions: Mapped[list[VersionRow]] = relationship(back_populates="adapter", cascade="all, delete-orphan")
@@ -170,6 +202,17 @@ class AdapterRow(Model):
         return f"{self.namespace}/{self.name}"
 
 
+# Indexes of the latest versions only: pages of them, newest first, are read from one.
+LATEST_BY = {
+    "base": ("base_fingerprint",),
+    "values": ("base_value_root", "base_config_digest"),
+    "signature": ("signature",),
+    "kind": ("kind",),
+    "task": ("task",),
+    "id": (),
+}
+
+
 class VersionRow(Model):
     """One immutable version. `sort_key` orders semantic versions as text."""
 
@@ -179,9 +222,20 @@ class VersionRow(Model):
         CheckConstraint("digest LIKE 'sha256:%' AND length(digest) = 71", name="digest"),
         CheckConstraint("base_fingerprint LIKE 'wf1:%' AND length(base_fingerprint) = 68", name="base_fingerprint"),
         Index("ix_adapter_versions_latest", "adapter_id", "prerelease", "sort_key"),
-        Index("ix_adapter_versions_base", "base_fingerprint", "created_at", "id"),
+        Index("ix_adapter_versions_base", "base_fingerprint", "id"),
+        *(
+            Index(f"ix_latest_{name}", *columns, "id", sqlite_where=text("latest"), postgresql_where=text("latest"))
+            for name, columns in LATEST_BY.items()
+        ),
         Index("ix_adapter_versions_digest", "digest"),
-    )
+        CheckConstraint("state IN ('published', 'yanked', 'quarantined')", name="state"),
+        CheckConstraint("(state = 'published') = (state_reason IS NULL)", name="state_reason"),
+        CheckConstraint("NOT latest OR state = 'published'", name="latest"),
+        Index(
+            "uq_adapter_versions_latest", "adapter_id", unique=True,
+            sqlite_where=text("latest"), postgresql_where=text("latest"),
+        ),
+    )  # fmt: skip
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="RESTRICT"))
@@ -203,11 +257,19 @@ class VersionRow(Model):
     tags: Mapped[list[str]] = mapped_column(JSON)
     description: Mapped[str] = mapped_column(Text, default="")
     search_text: Mapped[str] = mapped_column(Text)
+    # The digest of a SignatureRow; no foreign key, because SQLite cannot drop a column that has one.
+    signature: Mapped[str | None] = mapped_column(String(64))
+    task: Mapped[str | None] = mapped_column(String(50))
+    latest: Mapped[bool] = mapped_column(default=False)
+    state: Mapped[str] = mapped_column(String(20), default="published")
+    state_reason: Mapped[str | None] = mapped_column(Text)
+    deprecated: Mapped[str | None] = mapped_column(Text)
+    successor: Mapped[str | None] = mapped_column(String(300))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     adapter: Mapped[AdapterRow] = relationship(back_populates="versions", lazy="joined")
     files: Mapped[list[VersionFileRow]] = relationship(cascade="all, delete-orphan", order_by="VersionFileRow.name")
-    targets: Mapped[list[VersionTargetRow]] = relationship(cascade="all, delete-orphan")
+    labels: Mapped[list[VersionTagRow]] = relationship(cascade="all, delete-orphan")
 
 
 class VersionFileRow(Model):
@@ -222,14 +284,44 @@ class VersionFileRow(Model):
     sha256: Mapped[str] = mapped_column(String(64))
 
 
-class VersionTargetRow(Model):
-    """One base parameter that a version touches, with the shape it needs."""
+class SignatureRow(Model):
+    """What an adapter touches, named by its digest: many versions share one."""
 
-    __tablename__ = "version_targets"
+    __tablename__ = "signatures"
 
-    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+    targets: Mapped[list[SignatureTargetRow]] = relationship(cascade="all, delete-orphan")
+
+
+class SignatureTargetRow(Model):
+    """One base parameter of a signature, with the shape it needs."""
+
+    __tablename__ = "signature_targets"
+
+    signature: Mapped[str] = mapped_column(ForeignKey("signatures.digest", ondelete="CASCADE"), primary_key=True)
     parameter: Mapped[str] = mapped_column(String(1024), primary_key=True)
     shape: Mapped[list[int]] = mapped_column(JSON)
+
+
+class VersionTagRow(Model):
+    """One tag of a version."""
+
+    __tablename__ = "version_tags"
+    __table_args__ = (Index("ix_version_tags_version", "version_id"),)
+
+    tag: Mapped[str] = mapped_column(String(200), primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+
+
+class VersionDownloadsRow(Model):
+    """How often a version was downloaded; apart, so that counting does not rewrite wide rows."""
+
+    __tablename__ = "version_downloads"
+    __table_args__ = (CheckConstraint("count > 0", name="count"),)
+
+    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+    count: Mapped[int] = mapped_column(BigInteger)
 
 
 class AliasRow(Model):
@@ -248,24 +340,90 @@ class AliasRow(Model):
 
 
 class JobRow(Model):
-    """A compose that runs on the service."""
+    """One long piece of work. A running job has a worker and a lease; a worker that is late with it loses the job."""
 
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state"),
+        CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="lease"),
+        CheckConstraint("(worker IS NULL) = (lease_until IS NULL)", name="worker"),
         Index("ix_jobs_state_created", "state", "created_at"),
-    )
+        Index("ix_jobs_key", "key", "created_at"),
+        Index(
+            "uq_jobs_active_key", "key", unique=True,
+            sqlite_where=text("state IN ('queued', 'running')"),
+            postgresql_where=text("state IN ('queued', 'running')"),
+        ),
+    )  # fmt: skip
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(30))
+    title: Mapped[str] = mapped_column(Text)
+    owner: Mapped[str] = mapped_column(String(200))
+    key: Mapped[str | None] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(20), default="queued")
-    recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
     step: Mapped[str] = mapped_column(String(200), default="")
     bytes_done: Mapped[int] = mapped_column(BigInteger, default=0)
     bytes_total: Mapped[int] = mapped_column(BigInteger, default=0)
+    nbytes: Mapped[int] = mapped_column(BigInteger, default=0)  # on the service's disk: planned, then written
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    worker: Mapped[str | None] = mapped_column(String(200))
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    cancelling: Mapped[bool] = mapped_column(default=False)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class TokenRow(Model):
+    """An API token: what it is good for, and the sha256 of its secret."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (CheckConstraint("length(digest) = 64", name="digest"),)
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    subject: Mapped[str] = mapped_column(String(200), index=True)
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    namespaces: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class MemberRow(Model):
+    """What a subject is in a namespace."""
+
+    __tablename__ = "members"
+    __table_args__ = (
+        CheckConstraint("role IN ('reader', 'publisher', 'owner')", name="role"),
+        Index("ix_members_subject", "subject", "namespace"),
+    )
+
+    namespace: Mapped[str] = mapped_column(String(100), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(200), primary_key=True)
+    role: Mapped[str] = mapped_column(String(20))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class AuditRow(Model):
+    """Who changed what; written with the change, never altered."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_subject", "subject", "id"), Index("ix_audit_log_target", "target", "id"))
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    subject: Mapped[str] = mapped_column(String(200))
+    token: Mapped[str | None] = mapped_column(String(12))
+    action: Mapped[str] = mapped_column(String(50))
+    target: Mapped[str] = mapped_column(String(500))
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class CompositionRow(Model):
@@ -279,6 +437,40 @@ class CompositionRow(Model):
     recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
     inputs: Mapped[dict[str, Any]] = mapped_column(JSON)
     output_digest: Mapped[str] = mapped_column(String(71))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+    parts: Mapped[list[CompositionInputRow]] = relationship(cascade="all, delete-orphan")
+
+
+class CompositionInputRow(Model):
+    """One thing that a composition was made of: the fingerprint of its base, or the digest of an adapter."""
+
+    __tablename__ = "composition_inputs"
+
+    composition_id: Mapped[int] = mapped_column(ForeignKey("compositions.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True, index=True)
+
+
+class QuarantineRow(Model):
+    """Bytes that nobody may use, whatever names them."""
+
+    __tablename__ = "quarantine"
+    __table_args__ = (CheckConstraint("digest LIKE 'sha256:%' AND length(digest) = 71", name="digest"),)
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    reason: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class TombstoneRow(Model):
+    """A version that was deleted: its name is never given again."""
+
+    __tablename__ = "tombstones"
+
+    namespace: Mapped[str] = mapped_column(String(100), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    version: Mapped[str] = mapped_column(String(100), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 

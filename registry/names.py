@@ -11,17 +11,28 @@ from pathlib import Path
 
 from composer.errors import UsageError
 
-__all__ = ["DEFAULT_NAMESPACE", "Version", "adapter_name", "alias_name", "base_name", "slug"]
+__all__ = [
+    "DEFAULT_NAMESPACE",
+    "Version",
+    "adapter_name",
+    "alias_name",
+    "base_name",
+    "slug",
+    "subject_name",
+    "valid_name",
+]
 
 DEFAULT_NAMESPACE = "default"
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
+SUBJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,198}[A-Za-z0-9]|[A-Za-z0-9]")
 SEMVER = re.compile(
     r"(0|[1-9]\d{0,9})\.(0|[1-9]\d{0,9})\.(0|[1-9]\d{0,9})"
     r"(?:-((?:0|[1-9]\d{0,9}|\d*[A-Za-z-][0-9A-Za-z-]*)(?:\.(?:0|[1-9]\d{0,9}|\d*[A-Za-z-][0-9A-Za-z-]*))*))?"
 )
 
 
-def _valid(part: str) -> bool:
+def valid_name(part: str) -> bool:
+    """Whether `part` may be a namespace, an adapter, a base or an alias."""
     return bool(NAME.fullmatch(part)) and ".." not in part
 
 
@@ -29,7 +40,7 @@ def adapter_name(text: str) -> tuple[str, str]:
     """(namespace, name). Raises UsageError."""
     namespace, slash, name = text.rpartition("/")
     parts = (namespace if slash else DEFAULT_NAMESPACE, name)
-    if not all(map(_valid, parts)):
+    if not all(map(valid_name, parts)):
         raise UsageError(
             f"{text!r} is not an adapter name",
             expected="NAMESPACE/NAME of letters, digits, '.', '_' and '-', at most 96 each, such as team/shout",
@@ -39,10 +50,22 @@ def adapter_name(text: str) -> tuple[str, str]:
     return parts
 
 
+def subject_name(text: str) -> str:
+    """Who a token stands for: a person, or a workload such as repo:acme/train. Raises UsageError."""
+    if not SUBJECT.fullmatch(text):
+        raise UsageError(
+            f"{text!r} is not a name for a subject",
+            expected="1 to 200 letters, digits and . _ : / @ -, such as alice or repo:acme/train",
+            found=text,
+            remedy="choose another name",
+        )
+    return text
+
+
 def base_name(text: str) -> str:
     """A base's name, with or without a namespace. Raises UsageError."""
     parts = text.split("/")
-    if len(parts) > 2 or not all(map(_valid, parts)):
+    if len(parts) > 2 or not all(map(valid_name, parts)):
         raise UsageError(
             f"{text!r} is not a name for a base",
             expected="[NAMESPACE/]NAME of letters, digits, '.', '_' and '-', at most 96 each, such as smollm2",
@@ -54,7 +77,7 @@ def base_name(text: str) -> str:
 
 def alias_name(text: str) -> str:
     """A movable name such as `prod`. Raises UsageError for `latest`, versions and digests."""
-    if not _valid(text) or text == "latest" or Version.matches(text):
+    if not valid_name(text) or text == "latest" or Version.matches(text):
         raise UsageError(
             f"{text!r} is not a name for an alias",
             expected="letters, digits, '.', '_' and '-'; neither a version nor 'latest', which moves by itself",

@@ -12,11 +12,15 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.recipe import Recipe
+from registry.access import Role, Scope
 
 __all__ = [
+    "AuditEntry",
+    "BaseCheck",
     "BaseFit",
     "BaseInfo",
     "BaseStatus",
+    "Collected",
     "CompatibleAdapter",
     "CompositionInfo",
     "DoctorCheck",
@@ -25,14 +29,24 @@ __all__ = [
     "JobInfo",
     "JobState",
     "Level",
+    "LicenceLevel",
+    "LicenceVerdict",
+    "LineageEdge",
+    "LineageEvidence",
+    "LineageInfo",
+    "Member",
+    "NamespaceInfo",
+    "NewToken",
     "Page",
     "PlanInfo",
     "PlannedAdapter",
     "PublishResult",
     "Reason",
     "Relation",
+    "TokenInfo",
     "Verdict",
     "VersionInfo",
+    "VersionState",
 ]
 
 T = TypeVar("T")
@@ -81,6 +95,30 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class VersionState(StrEnum):
+    """What may be done with a version; registry.lifecycle says it in words."""
+
+    PUBLISHED = "published"
+    YANKED = "yanked"
+    QUARANTINED = "quarantined"
+
+
+class LicenceLevel(StrEnum):
+    """Whether licences go together, best first."""
+
+    CLEAR = "clear"
+    TERMS = "terms"
+    UNKNOWN = "unknown"
+    CONFLICT = "conflict"
+
+
+class LicenceVerdict(Schema):
+    """What the licences of a base and its adapters say of their composition; no legal advice."""
+
+    level: LicenceLevel
+    reasons: tuple[str, ...] = ()
+
+
 class Reason(Schema):
     """Why a verdict is what it is, and what a person can do about it."""
 
@@ -94,6 +132,36 @@ class Verdict(Schema):
 
     level: Level
     reasons: tuple[Reason, ...] = ()
+
+
+class LineageEvidence(Schema):
+    """What the weights of two bases say of a line between them; tensors of one dimension are left out."""
+
+    same_layout: bool = Field(description="the same names, shapes and number formats")
+    tensors: int
+    shared_tensors: int = Field(description="the same bits, or the same values in bf16")
+    shared_parameters: float = Field(description="the share of parameters in these")
+
+
+class LineageEdge(Schema):
+    """A relative of a base, with the edge to its own parent."""
+
+    name: str
+    fingerprint: str
+    depth: int = Field(description="edges between the two; 0 for a suggestion")
+    parent: str | None
+    relation: Relation | None
+    evidence: LineageEvidence | None
+    verified: bool = Field(description="whether it shares weights with its parent, bit for bit")
+
+
+class LineageInfo(Schema):
+    """The line of a base."""
+
+    name: str
+    ancestors: tuple[LineageEdge, ...]
+    descendants: tuple[LineageEdge, ...]
+    suggestions: tuple[LineageEdge, ...] = Field(description="bases with the same weights in part, and no line")
 
 
 class FileInfo(Schema):
@@ -120,6 +188,7 @@ class BaseInfo(Schema):
     parameters: int
     tensors: int
     nbytes: int
+    license: str | None = None
     location: str = Field(description="the folder it is read from, or 'store' when the registry keeps the bytes")
     parent: str | None = None
     relation: Relation | None = None
@@ -146,6 +215,13 @@ class VersionInfo(Schema):
     license: str | None = None
     tags: tuple[str, ...] = ()
     description: str = ""
+    state: VersionState = VersionState.PUBLISHED
+    state_reason: str | None = Field(default=None, description="why it was yanked or quarantined")
+    deprecated: str | None = Field(default=None, description="why it should no longer be used")
+    successor: str | None = Field(default=None, description="what to use in its place")
+    private: bool = Field(default=False, description="whether only members of the namespace see it")
+    task: str | None = Field(default=None, description="such as CAUSAL_LM")
+    downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
     created_at: datetime
@@ -200,6 +276,7 @@ class PlanInfo(Schema):
     base_fingerprint: str
     adapters: tuple[PlannedAdapter, ...]
     accepted: bool
+    licences: LicenceVerdict
     warnings: tuple[str, ...] = ()
     touched: int
     total: int
@@ -252,20 +329,93 @@ class DeltaInfo(Schema):
     tensors: int = Field(description="how many tensors differ from the base's")
 
 
+class BaseCheck(Schema):
+    """A registered base whose every tensor was hashed again."""
+
+    name: str
+    fingerprint: str
+    found: str = Field(description="the fingerprint of what lies there now")
+    intact: bool
+    changed: tuple[str, ...] = Field(default=(), description="tensors that are not what was registered")
+
+
 class JobInfo(Schema):
-    """A compose that runs on the service."""
+    """A piece of work that runs in the background."""
 
     id: str
+    kind: str = Field(description="compose, base (fingerprint and register) or verify")
+    title: str = Field(description="the recipe, or the base's name")
     state: JobState
-    recipe: Recipe
-    recipe_text: str
+    recipe: Recipe | None = None
     step: str = ""
+    owner: str = Field(description="who submitted it first")
     bytes_done: int = 0
     bytes_total: int = 0
+    attempts: int = 0
     error: dict[str, Any] | None = None
-    result: CompositionInfo | None = None
+    result: CompositionInfo | BaseInfo | BaseCheck | PublishResult | None = None
     created_at: datetime
+    started_at: datetime | None = None
     finished_at: datetime | None = None
+
+
+class TokenInfo(Schema):
+    """An API token, without its secret."""
+
+    id: str
+    name: str
+    subject: str
+    scopes: tuple[Scope, ...]
+    namespaces: tuple[str, ...] | None = Field(description="the only ones it is good for; null: no limit")
+    created_at: datetime
+    expires_at: datetime
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = Field(default=None, description="to the minute")
+
+
+class NewToken(Schema):
+    """A token that was just made: the only time that its secret is shown."""
+
+    token: str
+    info: TokenInfo
+
+
+class Member(Schema):
+    """What a subject is in a namespace."""
+
+    subject: str
+    role: Role
+
+
+class NamespaceInfo(Schema):
+    """A namespace and its members."""
+
+    name: str
+    members: tuple[Member, ...]
+
+
+class AuditEntry(Schema):
+    """One line of the audit log."""
+
+    id: int
+    at: datetime
+    subject: str
+    token: str | None
+    action: str
+    target: str
+    detail: dict[str, Any] = Field(default_factory=dict)
+
+
+class Collected(Schema):
+    """What a collection removed, or with `dry_run` would remove."""
+
+    dry_run: bool
+    blobs: int = Field(description="stored files that no version names")
+    uploads: int = Field(description="uploads that became no base")
+    compositions: int = Field(description="outputs of jobs, and what was left half-written")
+    jobs: int = Field(description="jobs that ended long ago")
+    records: int = Field(description="records of compositions made long ago")
+    nbytes: int
 
 
 class DoctorCheck(Schema):

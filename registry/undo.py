@@ -43,7 +43,7 @@ def undo(
     """
     record = read_json(folder.expanduser() / "composition.json")
     recipe = recipe_without(record, adapters)
-    result = registry.compose(recipe, out, replace=replace, progress=progress)
+    result = registry.compose(recipe, out, replace=replace, accept_licences=True, progress=progress)
     if not recipe.adapters:
         found = fingerprint_folder(Path(result.out), progress).identity
         if found != recipe.base:

@@ -6,8 +6,13 @@ POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
 POST          /api/v1/plans   /compositions
-GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/files   /jobs/{id}/files/{filename}
-GET           /api/v1/doctor
+POST          /api/v1/bases/{name}/verifications
+GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/events   /jobs/{id}/files/{filename}
+POST          /api/v1/jobs/{id}/retry
+POST GET      /api/v1/tokens                        DELETE /tokens/{id}
+GET           /api/v1/namespaces                    PUT DELETE /namespaces/{namespace}/members/{subject}
+PUT DELETE    /api/v1/adapters/{namespace}/{name}/versions/{version}/yank   …/deprecation   …/quarantine
+GET           /api/v1/audit   /whoami   /doctor     POST /collections
               /api/models   /api/repos   /{repository}/resolve    the Hub's protocol (registry/api/hub)
 """
 
@@ -19,15 +24,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from registry import __version__
+from registry.access import Authenticator, Scope
+from registry.api.deps import require
 from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
 from registry.api.hub import lfs, listing, reading, repos, writing, xet
 from registry.api.hub.signing import Signer
-from registry.api.routes import adapters, bases, compositions, health
+from registry.api.limits import MAX_JSON_BYTES, BodyLimit, RateLimit
+from registry.api.routes import access, adapters, bases, compositions, health
 from registry.api.routes import jobs as job_routes
 
 if TYPE_CHECKING:
@@ -49,10 +57,13 @@ def create_app(
     *,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
     hosts: frozenset[str] | None = None,
+    authenticators: tuple[Authenticator, ...] | None = None,
+    requests_per_minute: int | None = None,
 ) -> FastAPI:
     """The service over a registry. The worker of `jobs` runs as long as the application does.
 
-    hosts: names that the service answers for; None is any.
+    hosts: names that the service answers for; None is any. authenticators: who recognises callers, asked in order;
+    None opens the service to everybody who reaches it. requests_per_minute: of one caller; None is no limit.
     """
 
     @asynccontextmanager
@@ -61,6 +72,7 @@ def create_app(
         try:
             yield
         finally:
+            app.state.closing.set()
             app.state.left_behind = not await run_in_threadpool(_stop, jobs)
 
     app = FastAPI(
@@ -78,10 +90,14 @@ def create_app(
     app.state.max_upload_bytes = max_upload_bytes
     app.state.left_behind = False
     app.state.signer = Signer()
+    app.state.authenticators = authenticators
+    app.state.rate_limit = None if requests_per_minute is None else RateLimit(requests_per_minute)
+    app.state.closing = threading.Event()
+    app.add_middleware(BodyLimit, prefix=PREFIX, limit=MAX_JSON_BYTES)
     app.add_middleware(SameOrigin, hosts=hosts)
     add_handlers(app)
-    for module in (bases, adapters, compositions, job_routes, health):
-        app.include_router(module.router, prefix=PREFIX)
+    for module in (bases, adapters, compositions, job_routes, access, health):
+        app.include_router(module.router, prefix=PREFIX, dependencies=[Depends(require(Scope.READ))])
     app.include_router(health.outside)
     for module in (lfs, xet, listing, repos, writing, reading):
         app.include_router(module.router)

@@ -1,22 +1,25 @@
-"""What routes are given: the registry, the jobs, references that name no local path, and file responses."""
+"""What routes are given: who asks, the registry and the jobs as they may see them, and file responses.
+
+require(Scope.PUBLISH)    a dependency that refuses everybody else, and returns the Principal
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Query, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from composer.errors import UsageError
+from registry.access import LOCAL, Authenticator, Principal, Scope
 from registry.api.rules import refuse_path
+from registry.errors import AuthenticationError
 from registry.interface import DEFAULT_PAGE
-from registry.names import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from registry.services.jobs import JobService
@@ -24,12 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterName",
-    "Caller",
     "Cursor",
     "Jobs",
     "Limit",
     "Registered",
-    "Scope",
     "VersionQuery",
     "file_response",
     "require",
@@ -40,29 +41,60 @@ __all__ = [
 MAX_PAGE = 1000
 
 
-class Scope(StrEnum):
-    """What a caller may be allowed to do."""
-
-    READ = "read"
-    PUBLISH = "publish"
-    COMPOSE = "compose"
-    ADMIN = "admin"
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks; `name` is the namespace of what is created without one."""
-
-    name: str
-    scopes: frozenset[Scope]
-
-
-async def _registry(request: Request) -> Any:
-    return request.app.state.registry
+async def principal_of(request: Request) -> Principal:
+    """Who asks. LOCAL where access is open. Raises AuthenticationError and RateLimitError."""
+    if (found := getattr(request.state, "principal", None)) is None:
+        rate_limit = request.app.state.rate_limit
+        address = request.client.host if request.client else "unknown"
+        try:
+            found = await _authenticate(request)
+        except AuthenticationError:
+            if rate_limit:
+                rate_limit.take(address)
+            raise
+        if rate_limit:
+            rate_limit.take(found.token or address)
+        request.state.principal = found
+    return found
 
 
-async def _jobs(request: Request) -> Any:
-    return request.app.state.jobs
+async def _authenticate(request: Request) -> Principal:
+    authenticators: tuple[Authenticator, ...] | None = request.app.state.authenticators
+    if authenticators is None:
+        return LOCAL
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and credentials.strip():
+        for authenticator in authenticators:
+            principal = await run_in_threadpool(authenticator.authenticate, credentials.strip())
+            if principal is not None:
+                return principal
+    raise AuthenticationError(
+        "this service needs a token",
+        expected="Authorization: Bearer ar_…",
+        found=scheme or "no Authorization header",
+        remedy="set REGISTRY_TOKEN (HF_TOKEN for Hub clients); an admin makes one with 'registry token create'",
+    )
+
+
+def require(scope: Scope, *, everywhere: bool = False) -> Callable[..., Coroutine[Any, Any, Principal]]:
+    """A dependency: the principal of the request, who has the scope. Raises AuthenticationError, ForbiddenError.
+
+    everywhere: a token that is limited to namespaces is not enough.
+    """
+
+    async def check(principal: Annotated[Principal, Depends(principal_of)]) -> Principal:
+        (principal.require_everywhere if everywhere else principal.require)(scope)
+        return principal
+
+    return check
+
+
+async def _registry(request: Request, principal: Annotated[Principal, Depends(principal_of)]) -> Any:
+    return request.app.state.registry.acting_as(principal)
+
+
+async def _jobs(request: Request, principal: Annotated[Principal, Depends(principal_of)]) -> Any:
+    return request.app.state.jobs.acting_as(principal)
 
 
 async def _adapter_name(namespace: str, name: str) -> str:
@@ -82,15 +114,6 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="items a page")]
 Cursor = Annotated[str | None, Query(description="the `next` of the page before")]
 VersionQuery = Annotated[str | None, Query(description="a semantic version, an alias or sha256:…; default: the latest")]
 DEFAULT_LIMIT = DEFAULT_PAGE
-
-
-def require(scope: Scope) -> Any:
-    """A dependency: the caller may do what `scope` names. Access is open on loopback, so whoever connects may."""
-
-    async def caller(request: Request) -> Caller:
-        return Caller(name=DEFAULT_NAMESPACE, scopes=frozenset(Scope))
-
-    return Depends(caller)
 
 
 def version_ref(name: str, version: str | None) -> str:

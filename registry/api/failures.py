@@ -1,7 +1,9 @@
 """Every failure as ``{"error": {code, category, message, expected, found, remedy, fields}}``, and its status.
 
-usage 400   policy 403   not-found 404   conflict 409   incompatible 422   integrity 422   internal 500
-upload-too-large 413     storage 507     stale-parent 412     method-not-allowed 405
+usage 400   unauthenticated 401   policy 403   not-found 404   conflict 409   incompatible 422
+integrity 422   internal 500
+upload-too-large 413     queue-full, rate-limited 429     storage, disk-limit 507
+stale-parent 412     method-not-allowed 405
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from composer.errors import TypedError
+from registry.errors import ForbiddenError
 
 __all__ = ["RESPONSES", "ErrorBody", "add_handlers", "error_response", "log_failure", "status_of"]
 
@@ -29,9 +32,17 @@ STATUS_OF_CATEGORY = {
     "integrity": 422,
     "internal": 500,
 }
-STATUS_OF_CODE = {"upload-too-large": 413, "storage": 507, "stale-parent": 412}
-CATEGORY_OF_STATUS = {403: "policy", 404: "not-found", 409: "conflict"}
-CODE_OF_STATUS = {400: "bad-request", 404: "not-found", 405: "method-not-allowed"}
+STATUS_OF_CODE = {
+    "unauthenticated": 401,
+    "stale-parent": 412,
+    "upload-too-large": 413,
+    "queue-full": 429,
+    "rate-limited": 429,
+    "storage": 507,
+    "disk-limit": 507,
+}
+CATEGORY_OF_STATUS = {403: "policy", 413: "policy", 404: "not-found", 409: "conflict"}
+CODE_OF_STATUS = {400: "bad-request", 404: "not-found", 405: "method-not-allowed", 413: "upload-too-large"}
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +78,20 @@ def status_of(error: TypedError) -> int:
 
 def error_response(error: TypedError) -> JSONResponse:
     """A typed failure as a response."""
-    return JSONResponse({"error": error.as_dict()}, status_of(error))
+    status = status_of(error)
+    headers = {"WWW-Authenticate": 'Bearer realm="registry"'} if status == HTTPStatus.UNAUTHORIZED else {}
+    if "retry_after" in error.fields:
+        headers["Retry-After"] = str(error.fields["retry_after"])
+    return JSONResponse({"error": error.as_dict()}, status, headers=headers)
 
 
 def log_failure(request: Request, error: TypedError) -> None:
-    """Log a failure that is the service's own; those of a request are its sender's business."""
+    """Log a failure that is the service's own, and note in the audit log what somebody was not allowed to do."""
     if status_of(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+    if isinstance(error, ForbiddenError) and (principal := getattr(request.state, "principal", None)):
+        registry = request.app.state.registry.acting_as(principal)
+        registry.note_denied(f"{request.method} {request.url.path}", error.code)
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -7,10 +7,26 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from composer.recipe import Allow, Dtype, Export, Recipe, Value, parse_recipe
+from registry.access import Role, Scope
 from registry.api.rules import refuse_paths
+from registry.interface import DEFAULT_DAYS, GRACE_DAYS, KEEP_JOBS_DAYS
 from registry.schemas import DoctorCheck
 
-__all__ = ["AliasRequest", "DoctorReport", "Health", "RecipeRequest", "form_body", "to_recipe"]
+__all__ = [
+    "AliasRequest",
+    "CollectRequest",
+    "DeprecationRequest",
+    "DoctorReport",
+    "Health",
+    "MemberRequest",
+    "ReasonRequest",
+    "RecipeRequest",
+    "TokenRequest",
+    "VisibilityRequest",
+    "Whoami",
+    "form_body",
+    "to_recipe",
+]
 
 
 class _Request(BaseModel):
@@ -21,6 +37,58 @@ class AliasRequest(_Request):
     """The version that an alias is to name."""
 
     version: str = Field(min_length=1, description="a semantic version, another alias or sha256:…")
+
+
+class VisibilityRequest(_Request):
+    """Who sees an adapter."""
+
+    private: bool
+
+
+class ReasonRequest(_Request):
+    """Why a version is withdrawn or blocked."""
+
+    reason: str = Field(min_length=1, max_length=2000, examples=["trained on the wrong data"])
+
+
+class DeprecationRequest(ReasonRequest):
+    """Why a version should no longer be used, and what to use in its place."""
+
+    successor: str | None = Field(default=None, examples=["team/shout@2.0.0"])
+
+
+class CollectRequest(_Request):
+    """What to keep, in days."""
+
+    grace_days: float = Field(default=GRACE_DAYS, ge=0, le=36500, description="since a file was last touched")
+    keep_jobs_days: float = Field(default=KEEP_JOBS_DAYS, ge=0, le=36500, description="since a job ended")
+    keep_records_days: float | None = Field(default=None, ge=0, le=36500, description="of compositions; null: for ever")
+    dry_run: bool = False
+
+
+class MemberRequest(_Request):
+    """What a subject is to be in a namespace."""
+
+    role: Role
+
+
+class TokenRequest(_Request):
+    """A token that is to be made."""
+
+    name: str = Field(min_length=1, max_length=100, examples=["ci of team"])
+    subject: str = Field(min_length=1, max_length=200, examples=["alice"], description="whom it stands for")
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+    namespaces: tuple[str, ...] | None = Field(default=None, description="the only ones it is good for; null: no limit")
+    days: int = Field(default=DEFAULT_DAYS, ge=1, le=3650)
+
+
+class Whoami(BaseModel):
+    """Who asks, as the service sees it."""
+
+    subject: str
+    scopes: tuple[Scope, ...]
+    namespaces: tuple[str, ...] | None
+    token: str | None
 
 
 class RecipeRequest(_Request):

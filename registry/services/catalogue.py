@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 
-from sqlalchemy import Engine, and_, func, select, tuple_
+from sqlalchemy import Engine, func, select, tuple_, update
 from sqlalchemy.orm import Session, selectinload
 
-from composer.adapters import Target
-from registry.compat import BaseClaim, BaseFacts, assess, better_or_equal
+from registry.access import Role
+from registry.compat import BaseClaim, BaseFacts
 from registry.db import session_scope
 from registry.errors import AdapterNotFoundError, BaseNotFoundError, VersionNotFoundError
-from registry.models import AdapterRow, AliasRow, BaseModelRow, BaseTensorRow, VersionRow, now
-from registry.names import adapter_name, alias_name
+from registry.models import (
+    AdapterRow,
+    AliasRow,
+    BaseClosureRow,
+    BaseModelRow,
+    BaseTensorRow,
+    VersionDownloadsRow,
+    VersionRow,
+    now,
+)
+from registry.names import Version, adapter_name, alias_name
 from registry.schemas import (
-    BaseFit,
     BaseInfo,
     BaseStatus,
-    CompatibleAdapter,
     FileInfo,
-    Level,
     Page,
     Relation,
-    Verdict,
     VersionInfo,
+    VersionState,
 )
+from registry.services.audit import record
+from registry.services.namespaces import require_role
 
-__all__ = ["Catalogue", "base_facts", "base_info", "find_base", "find_version", "version_info", "version_verdict"]
+__all__ = [
+    "Catalogue",
+    "base_facts",
+    "base_info",
+    "find_base",
+    "find_version",
+    "refresh_latest",
+    "tensor_count",
+    "version_claim",
+    "version_info",
+    "version_infos",
+]
 
 MAX_PAGE = 1000
-MAX_LINEAGE = 100
+REMEMBERED_BASES = 64
+_SHAPES: OrderedDict[str, dict[str, tuple[int, ...]]] = OrderedDict()
+_SHAPES_LOCK = threading.Lock()
 
 
 def base_info(row: BaseModelRow, tensors: int, *, created: bool = False) -> BaseInfo:
@@ -48,6 +71,7 @@ def base_info(row: BaseModelRow, tensors: int, *, created: bool = False) -> Base
         parameters=row.parameters,
         tensors=tensors,
         nbytes=row.nbytes,
+        license=row.license,
         location=row.location,
         parent=row.parent.name if row.parent else None,
         relation=Relation(row.relation) if row.relation else None,
@@ -58,15 +82,28 @@ def base_info(row: BaseModelRow, tensors: int, *, created: bool = False) -> Base
 
 def version_info(session: Session, row: VersionRow) -> VersionInfo:
     """A row as a schema; the state of its base is looked up anew, so it follows what is registered."""
-    base = None
-    if row.base_fingerprint:
-        base = session.scalar(select(BaseModelRow.name).where(BaseModelRow.fingerprint == row.base_fingerprint))
-    aliases = list(
-        session.scalars(select(AliasRow.alias).where(AliasRow.version_id == row.id).order_by(AliasRow.alias))
-    )
-    latest = session.scalar(
-        select(VersionRow.id).where(VersionRow.adapter_id == row.adapter_id).order_by(*LATEST).limit(1)
-    )
+    return version_infos(session, [row])[0]
+
+
+def version_infos(session: Session, rows: Sequence[VersionRow]) -> list[VersionInfo]:
+    """Rows as schemas, with one query for each kind of thing that belongs to them."""
+    ids = [row.id for row in rows]
+    fingerprints = {row.base_fingerprint for row in rows if row.base_fingerprint}
+    named = select(BaseModelRow.fingerprint, BaseModelRow.name).where(BaseModelRow.fingerprint.in_(fingerprints))
+    bases = dict(session.execute(named).tuples().all()) if fingerprints else {}
+    aliases: dict[int, list[str]] = {}
+    pointers = select(AliasRow.version_id, AliasRow.alias).where(AliasRow.version_id.in_(ids)).order_by(AliasRow.alias)
+    for version_id, alias in session.execute(pointers).tuples():
+        aliases.setdefault(version_id, []).append(alias)
+    counted = select(VersionDownloadsRow.version_id, VersionDownloadsRow.count)
+    downloads = dict(session.execute(counted.where(VersionDownloadsRow.version_id.in_(ids))).tuples().all())
+    return [
+        _version_info(row, bases.get(row.base_fingerprint or ""), aliases.get(row.id, []), downloads.get(row.id, 0))
+        for row in rows
+    ]
+
+
+def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloads: int) -> VersionInfo:
     return VersionInfo(
         name=row.adapter.full_name,
         version=row.version,
@@ -82,9 +119,16 @@ def version_info(session: Session, row: VersionRow) -> VersionInfo:
         base_name=row.base_name,
         base=base,
         license=row.license,
+        task=row.task,
+        downloads=downloads,
         tags=tuple(row.tags),
         description=row.description,
-        aliases=("latest", *aliases) if latest == row.id else tuple(aliases),
+        private=row.adapter.private,
+        state=VersionState(row.state),
+        state_reason=row.state_reason,
+        deprecated=row.deprecated,
+        successor=row.successor,
+        aliases=("latest", *aliases) if row.latest else tuple(aliases),
         files=tuple(FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files),
         created_at=row.created_at,
     )
@@ -98,6 +142,17 @@ def _status(fingerprint: str | None, base: str | None) -> BaseStatus:
 
 # The highest release; a pre-release only where there is nothing else.
 LATEST = (VersionRow.prerelease, VersionRow.sort_key.desc())
+
+
+def refresh_latest(session: Session, adapter_id: int) -> None:
+    """Mark the highest published version of an adapter, after one was added or its state changed."""
+    best = select(VersionRow.id).where(VersionRow.adapter_id == adapter_id, VersionRow.state == "published")
+    session.flush()
+    chosen = session.scalar(best.order_by(*LATEST).limit(1))
+    of_adapter = update(VersionRow).where(VersionRow.adapter_id == adapter_id)
+    session.execute(of_adapter.where(VersionRow.latest, VersionRow.id != chosen).values(latest=False))
+    if chosen is not None:
+        session.execute(of_adapter.where(VersionRow.id == chosen).values(latest=True))
 
 
 def find_base(session: Session, ref: str) -> BaseModelRow:
@@ -139,7 +194,8 @@ def find_version(session: Session, ref: str, version: str | None) -> VersionRow:
         )
     query = select(VersionRow).where(VersionRow.adapter_id == adapter.id)
     if version is None or version == "latest":
-        row = session.scalar(query.order_by(*LATEST).limit(1))
+        # Where all are yanked there is no latest; the highest is named, and refused when it is to be used.
+        row = session.scalar(query.order_by(VersionRow.latest.desc(), *LATEST).limit(1))
     elif version.startswith("sha256:"):
         rows = session.scalars(query.where(VersionRow.digest.startswith(version, autoescape=True)).order_by(*LATEST))
         found = list(rows)
@@ -161,40 +217,46 @@ def find_version(session: Session, ref: str, version: str | None) -> VersionRow:
 
 def base_facts(session: Session, row: BaseModelRow) -> BaseFacts:
     """All that a verdict needs of a base: its shapes and its declared relatives."""
-    tensors = session.execute(select(BaseTensorRow.name, BaseTensorRow.shape).where(BaseTensorRow.base_id == row.id))
     return BaseFacts(
         name=row.name,
         fingerprint=row.fingerprint,
         value_root=row.value_root,
         config_digest=row.config_digest,
-        shapes={name: tuple(shape) for name, shape in tensors},
+        shapes=_shapes(session, row),
         relatives=_relatives(session, row),
     )
+
+
+def _shapes(session: Session, row: BaseModelRow) -> dict[str, tuple[int, ...]]:
+    """The shapes of a base, which are the same for ever: remembered for the bases that were asked for last."""
+    with _SHAPES_LOCK:
+        found = _SHAPES.get(row.fingerprint)
+    if found is None:
+        query = select(BaseTensorRow.name, BaseTensorRow.shape).where(BaseTensorRow.base_id == row.id)
+        found = {name: tuple(shape) for name, shape in session.execute(query)}
+        with _SHAPES_LOCK:
+            _SHAPES[row.fingerprint] = found
+            while len(_SHAPES) > REMEMBERED_BASES:
+                _SHAPES.popitem(last=False)
+    return found
 
 
 def _relatives(session: Session, row: BaseModelRow) -> dict[str, str]:
     """Ancestors and descendants of a base, by fingerprint, with a phrase; siblings are not relatives."""
     found: dict[str, str] = {}
-    child, parent = row, row.parent
-    while parent is not None and parent.fingerprint not in found and len(found) < MAX_LINEAGE:
-        found[parent.fingerprint] = f"{child.name} is declared as {child.relation} from {parent.name}"
-        child, parent = parent, session.get(BaseModelRow, parent.parent_id) if parent.parent_id else None
-    generation: Sequence[int] = [row.id]
-    while generation and len(found) < MAX_LINEAGE:
-        children = session.scalars(select(BaseModelRow).where(BaseModelRow.parent_id.in_(generation)))
-        fresh = [item for item in children if item.fingerprint not in found]
-        for item in fresh:
-            found[item.fingerprint] = f"{item.name} is declared as {item.relation} from {item.parent.name}"
-        generation = [item.id for item in fresh]
+    for theirs, own, up in (
+        (BaseClosureRow.ancestor_id, BaseClosureRow.descendant_id, True),
+        (BaseClosureRow.descendant_id, BaseClosureRow.ancestor_id, False),
+    ):
+        query = select(BaseModelRow, BaseClosureRow.depth).join(BaseClosureRow, theirs == BaseModelRow.id)
+        for base, depth in session.execute(query.where(own == row.id).order_by(BaseClosureRow.depth)).tuples():
+            child, parent = (row, base) if up else (base, row)
+            found[base.fingerprint] = (
+                f"{child.name} is declared as {child.relation} from {parent.name}"
+                if depth == 1
+                else f"{child.name} is declared to descend from {parent.name}, in {depth} steps"
+            )
     return found
-
-
-def version_verdict(session: Session, version: VersionRow, facts: BaseFacts) -> Verdict:
-    """The verdict for a published version on a base."""
-    targets = tuple(Target(target.parameter, tuple(target.shape)) for target in version.targets)
-    return assess(
-        targets, version_claim(session, version), facts, differing_tensors(session, version, facts.fingerprint)
-    )
 
 
 def version_claim(session: Session, version: VersionRow) -> BaseClaim:
@@ -210,18 +272,9 @@ def version_claim(session: Session, version: VersionRow) -> BaseClaim:
     )
 
 
-def differing_tensors(session: Session, version: VersionRow, fingerprint: str) -> tuple[str, ...] | None:
-    """Names of the tensors in which the version's own base differs from another; None unless both are registered."""
-    if version.base_fingerprint in (None, fingerprint):
-        return None
-    rows = [
-        dict(session.execute(select(BaseTensorRow.name, BaseTensorRow.digest).join(BaseModelRow).where(
-            BaseModelRow.fingerprint == wanted)).tuples().all())
-        for wanted in (version.base_fingerprint, fingerprint)
-    ]  # fmt: skip
-    if not all(rows):
-        return None
-    return tuple(sorted(name for name in rows[0].keys() | rows[1].keys() if rows[0].get(name) != rows[1].get(name)))
+def tensor_count(session: Session, row: BaseModelRow) -> int:
+    """How many tensors a base has."""
+    return session.scalar(select(func.count()).where(BaseTensorRow.base_id == row.id)) or 0
 
 
 class Catalogue:
@@ -238,18 +291,14 @@ class Catalogue:
             if cursor:
                 query = query.where(BaseModelRow.name > cursor)
             rows = list(session.scalars(query))
-            items = tuple(base_info(row, self._tensor_count(session, row)) for row in rows[:limit])
+            items = tuple(base_info(row, tensor_count(session, row)) for row in rows[:limit])
         return Page(items=items, next=rows[limit - 1].name if len(rows) > limit else None)
 
     def get_base(self, ref: str) -> BaseInfo:
         """One base."""
         with session_scope(self._engine) as session:
             row = find_base(session, ref)
-            return base_info(row, self._tensor_count(session, row))
-
-    @staticmethod
-    def _tensor_count(session: Session, row: BaseModelRow) -> int:
-        return session.scalar(select(func.count()).where(BaseTensorRow.base_id == row.id)) or 0
+            return base_info(row, tensor_count(session, row))
 
     def list_adapters(
         self,
@@ -259,18 +308,15 @@ class Catalogue:
         namespace: str | None = None,
         kind: str | None = None,
         base: str | None = None,
-        words: tuple[str, ...] = (),
     ) -> Page[VersionInfo]:
         """The latest version of each adapter that passes the filters; the cursor is the last full name seen.
 
-        base: a registered name or a fingerprint. words: each must occur in the search text.
+        base: a registered name or a fingerprint.
         """
         limit = max(1, min(limit, MAX_PAGE))
-        order = func.row_number().over(partition_by=VersionRow.adapter_id, order_by=LATEST).label("place")
-        ranked = select(VersionRow.id, order).subquery()
         query = (
             select(VersionRow)
-            .join(ranked, and_(ranked.c.id == VersionRow.id, ranked.c.place == 1))
+            .where(VersionRow.latest)
             .join(AdapterRow, AdapterRow.id == VersionRow.adapter_id)
             .options(selectinload(VersionRow.files))
             .order_by(AdapterRow.namespace, AdapterRow.name)
@@ -285,32 +331,41 @@ class Catalogue:
                 query = query.where(VersionRow.base_fingerprint == find_base(session, base).fingerprint)
             if cursor:
                 query = query.where(tuple_(AdapterRow.namespace, AdapterRow.name) > tuple_(*adapter_name(cursor)))
-            for word in words:
-                query = query.where(VersionRow.search_text.contains(word.lower(), autoescape=True))
             rows = list(session.scalars(query))
-            items = tuple(version_info(session, row) for row in rows[:limit])
+            items = tuple(version_infos(session, rows[:limit]))
         return Page(items=items, next=items[-1].name if len(rows) > limit else None)
+
+    def version_id(self, ref: str, version: str) -> int:
+        """The number of a version."""
+        with session_scope(self._engine) as session:
+            return find_version(session, ref, version).id
 
     def get_version(self, ref: str, version: str | None) -> VersionInfo:
         """One version."""
         with session_scope(self._engine) as session:
             return version_info(session, find_version(session, ref, version))
 
-    def list_versions(self, name: str) -> tuple[VersionInfo, ...]:
-        """All versions, newest first."""
+    def list_versions(self, name: str, limit: int, cursor: str | None) -> Page[VersionInfo]:
+        """All versions, the highest first; the cursor is the last version seen."""
+        limit = max(1, min(limit, MAX_PAGE))
         with session_scope(self._engine) as session:
             adapter_id = find_version(session, name, None).adapter_id
-            rows = session.scalars(
-                select(VersionRow).where(VersionRow.adapter_id == adapter_id).order_by(VersionRow.sort_key.desc())
-            )
-            return tuple(version_info(session, row) for row in rows)
+            query = select(VersionRow).where(VersionRow.adapter_id == adapter_id)
+            if cursor is not None:
+                query = query.where(VersionRow.sort_key < Version(cursor).sort_key)
+            query = query.order_by(VersionRow.sort_key.desc()).limit(limit + 1)
+            rows = session.scalars(query.options(selectinload(VersionRow.files))).all()
+            items = tuple(version_infos(session, rows[:limit]))
+        return Page(items=items, next=items[-1].version if len(rows) > limit else None)
 
     def set_alias(self, ref: str, version: str | None, alias: str) -> VersionInfo:
         """Create or move an alias."""
         alias_name(alias)
         with session_scope(self._engine, writes=True) as session:
             row = find_version(session, ref, version)
+            require_role(session, row.adapter.namespace, Role.PUBLISHER)
             pointer = session.get(AliasRow, (row.adapter_id, alias))
+            record(session, "alias.set", f"{row.adapter.full_name}@{alias}", version=row.version)
             if pointer is None:
                 session.add(AliasRow(adapter_id=row.adapter_id, alias=alias, version_id=row.id))
             else:
@@ -323,6 +378,7 @@ class Catalogue:
         alias_name(alias)
         with session_scope(self._engine, writes=True) as session:
             row = find_version(session, name, None)
+            require_role(session, row.adapter.namespace, Role.PUBLISHER)
             pointer = session.get(AliasRow, (row.adapter_id, alias))
             if pointer is None:
                 raise VersionNotFoundError(
@@ -332,30 +388,15 @@ class Catalogue:
                     remedy=f"see 'registry versions {row.adapter.full_name}'",
                 )
             session.delete(pointer)
+            record(session, "alias.delete", f"{row.adapter.full_name}@{alias}")
 
-    def compatible(self, base: str, level: Level) -> tuple[CompatibleAdapter, ...]:
-        """Latest versions that fit a base, best first, then by name."""
-        with session_scope(self._engine) as session:
-            facts = base_facts(session, find_base(session, base))
-            order = func.row_number().over(partition_by=VersionRow.adapter_id, order_by=LATEST).label("place")
-            ranked = select(VersionRow.id, order).subquery()
-            rows = session.scalars(
-                select(VersionRow)
-                .join(ranked, and_(ranked.c.id == VersionRow.id, ranked.c.place == 1))
-                .options(selectinload(VersionRow.files), selectinload(VersionRow.targets))
-            )
-            fits = [(row, version_verdict(session, row, facts)) for row in rows]
-            kept = [(row, verdict) for row, verdict in fits if better_or_equal(verdict.level, level)]
-            kept.sort(key=lambda fit: (list(Level).index(fit[1].level), fit[0].adapter.full_name))
-            return tuple(CompatibleAdapter(adapter=version_info(session, row), verdict=v) for row, v in kept)
-
-    def bases_for(self, ref: str, version: str | None, level: Level) -> tuple[BaseFit, ...]:
-        """Registered bases that a version fits, best first, then by name."""
-        with session_scope(self._engine) as session:
-            row = find_version(session, ref, version)
-            fits = []
-            for base in session.scalars(select(BaseModelRow)):
-                verdict = version_verdict(session, row, base_facts(session, base))
-                if better_or_equal(verdict.level, level):
-                    fits.append(BaseFit(base=base_info(base, self._tensor_count(session, base)), verdict=verdict))
-        return tuple(sorted(fits, key=lambda fit: (list(Level).index(fit.verdict.level), fit.base.name)))
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        """Hide an adapter from all but the members of its namespace, or show it to everybody."""
+        with session_scope(self._engine, writes=True) as session:
+            row = find_version(session, name, None)
+            require_role(session, row.adapter.namespace, Role.OWNER)
+            if row.adapter.private != private:
+                row.adapter.private = private
+                record(session, "visibility", row.adapter.full_name, private=private)
+                session.flush()
+            return version_info(session, row)

@@ -30,16 +30,21 @@ from composer.run import compose
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
+from registry.errors import LicenceConflictError
 from registry.interface import Progress
-from registry.models import BaseFileRow, BaseModelRow, CompositionRow, VersionRow
-from registry.schemas import CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
+from registry.licences import assess_licences
+from registry.lifecycle import deprecation, require_usable
+from registry.models import BaseFileRow, BaseModelRow, CompositionInputRow, CompositionRow, VersionRow
+from registry.schemas import CompositionInfo, Level, LicenceLevel, LicenceVerdict, PlanInfo, PlannedAdapter, Verdict
 from registry.services.base_files import same_stat, unchanged_files
-from registry.services.catalogue import base_facts, find_base, find_version, version_claim, version_verdict
+from registry.services.catalogue import base_facts, find_base, find_version, version_claim
+from registry.services.lifecycle import refuse_quarantined
+from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
-__all__ = ["Compositions", "Resolved"]
+__all__ = ["Compositions", "Prepared", "Resolved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class ResolvedBase:
     facts: BaseFacts
     tokenizer: str | None
     chat_template: str | None
+    licence: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,8 @@ class ResolvedAdapter:
     digest: str
     adapter: Adapter
     verdict: Verdict
+    licence: str | None
+    deprecated: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,26 @@ class Resolved:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
+    def digests(self) -> set[str]:
+        """The fingerprint of the base and the digests of the adapters."""
+        return {self.base.facts.fingerprint, *(item.digest for item in self.adapters)}
+
+    @property
+    def licences(self) -> LicenceVerdict:
+        """Whether the licences of base and adapters go together."""
+        parts = [(item.label, item.licence) for item in self.adapters]
+        return assess_licences([(self.base.facts.name, self.base.licence), *parts])
+
+    @property
+    def advice(self) -> list[str]:
+        """What to say beside the result and not in its record, because it may change: deprecations, licences."""
+        deprecated = [item.deprecated for item in self.adapters if item.deprecated]
+        licences = self.licences
+        told = any([self.base.licence, *(item.licence for item in self.adapters)])
+        said = licences.reasons if self.adapters and told and licences.level is not LicenceLevel.CLEAR else ()
+        return [*deprecated, *(f"licences: {licences.level}: {reason}" for reason in said)]
+
+    @property
     def warnings(self) -> list[str]:
         """One line for each adapter whose verdict is weaker than exact."""
         return [
@@ -122,6 +150,15 @@ class Resolved:
             for item in self.adapters
             if item.verdict.level is not Level.EXACT
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A composition that may begin: its plan, the key of its inputs, and the versions that its adapters mean now."""
+
+    plan: PlanInfo
+    key: str
+    pins: tuple[str | None, ...]
 
 
 class Compositions:
@@ -134,8 +171,18 @@ class Compositions:
 
     def plan(self, recipe: Recipe) -> PlanInfo:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
+        return self._describe(self.resolve(recipe))
+
+    def prepare(self, recipe: Recipe, accept_licences: bool = False) -> Prepared:
+        """The plan of a composition that is to run later. Raises what compose would."""
         resolved = self.resolve(recipe)
-        plan = self._plan(resolved)
+        for item in resolved.adapters:
+            _require(recipe.allow, item, recipe.base)
+        _require_licences(resolved, accept_licences)
+        return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
+
+    def _describe(self, resolved: Resolved) -> PlanInfo:
+        recipe, plan = resolved.recipe, self._plan(resolved)
         check_export(plan)
         in_place = find_plan_exporter(recipe.export)
         per_term = [
@@ -164,7 +211,8 @@ class Compositions:
                 for item, count in zip(resolved.adapters, per_term, strict=True)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
-            warnings=tuple(resolved.warnings),
+            licences=resolved.licences,
+            warnings=(*resolved.warnings, *resolved.advice),
             touched=plan.touched,
             total=len(plan.jobs),
             nbytes=sum(files.values()),
@@ -172,20 +220,29 @@ class Compositions:
             files={**files, **companions},
         )
 
-    def compose(self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None) -> CompositionInfo:
+    def compose(
+        self,
+        recipe: Recipe,
+        out: Path,
+        replace: bool,
+        progress: Progress | None,
+        pins: tuple[str | None, ...] | None = None,
+        accept_licences: bool = False,
+    ) -> CompositionInfo:
         """Compose into `out`, or say that the very same result lies there."""
         out = out.expanduser().resolve()
-        resolved = self.resolve(recipe, progress)
+        resolved = self.resolve(recipe, progress, pins)
         plan = self._plan(resolved)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
+        _require_licences(resolved, accept_licences)
         if (earlier := _earlier(out, resolved.key)) is not None:
-            return _info(recipe, out, earlier, cached=True, seconds={})
+            return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
         outcome = compose(
             plan, out, inputs=resolved.inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace
         )
         self._record(resolved, outcome.record)
-        return _info(recipe, out, outcome.record, cached=False, seconds=outcome.seconds)
+        return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
 
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair of references."""
@@ -193,10 +250,16 @@ class Compositions:
         resolved = self._adapter(AdapterTerm(ref=ref, version=version), self.open_base(base, None), None)
         return resolved.verdict
 
-    def resolve(self, recipe: Recipe, progress: Progress | None = None) -> Resolved:
-        """Open every reference of a recipe."""
+    def resolve(
+        self, recipe: Recipe, progress: Progress | None = None, pins: tuple[str | None, ...] | None = None
+    ) -> Resolved:
+        """Open every reference of a recipe; a pin takes the place of what a term's version means by now."""
         base = self.open_base(recipe.base, progress)
-        return Resolved(recipe, base, tuple(self._adapter(term, base, progress) for term in recipe.adapters))
+        adapters = tuple(
+            self._adapter(term, base, progress, pin)
+            for term, pin in zip(recipe.adapters, pins or [None] * len(recipe.adapters), strict=True)
+        )
+        return Resolved(recipe, base, adapters)
 
     def open_base(self, ref: str, progress: Progress | None) -> ResolvedBase:
         """A registered base, whose files must be what was fingerprinted, or a folder, which is fingerprinted now."""
@@ -209,12 +272,13 @@ class Compositions:
                 facts = base_facts(session, row)
                 checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
                     select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
-                return ResolvedBase(checkpoint, facts, row.tokenizer_digest, row.chat_template_digest)
+                return ResolvedBase(checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license)
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
         facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, checkpoint.shapes)
-        return ResolvedBase(checkpoint, facts, found.tokenizer, found.chat_template)
+        licence = read_card(checkpoint.files.get("README.md")).license
+        return ResolvedBase(checkpoint, facts, found.tokenizer, found.chat_template, licence)
 
     @staticmethod
     def _registered_folder(session: Any, folder: Path) -> BaseModelRow | None:
@@ -225,23 +289,31 @@ class Compositions:
         files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
         return row if all(same_stat(folder / file.name, file) for file in files) else None
 
-    def _adapter(self, term: AdapterTerm, base: ResolvedBase, progress: Progress | None) -> ResolvedAdapter:
+    def _adapter(
+        self, term: AdapterTerm, base: ResolvedBase, progress: Progress | None, pin: str | None = None
+    ) -> ResolvedAdapter:
         if is_path(term.ref):
             folder = Path(term.ref).expanduser().resolve()
             adapter = open_adapter(folder)
             files = publishable_files(adapter)
             digest = manifest_digest({name: {"sha256": sha256_file(path)} for name, path in files.items()})
+            with session_scope(self._engine) as session:
+                refuse_quarantined(session, digest, term.ref)
+            card = read_card(adapter.files.get("README.md"))
             claim = self._published_claim(digest) or claim_from_folder(
-                adapter, read_card(adapter.files.get("README.md")), read_paths=True, progress=progress
+                adapter, card, read_paths=True, progress=progress
             )
             verdict = assess(adapter.signature.targets, claim, base.facts)
-            return ResolvedAdapter(term, term.ref, None, digest, adapter, verdict)
+            return ResolvedAdapter(term, term.ref, None, digest, adapter, verdict, card.license)
         with session_scope(self._engine) as session:
-            row = find_version(session, term.ref, term.version)
+            row = find_version(session, term.ref, pin or term.version)
+            label = f"{row.adapter.full_name}@{row.version}"
+            require_usable(row, label, term.version)
             files = {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
             verdict = version_verdict(session, row, base.facts)
-            label = f"{row.adapter.full_name}@{row.version}"
-        return ResolvedAdapter(term, label, row.version, row.digest, open_adapter(files), verdict)
+        return ResolvedAdapter(
+            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label)
+        )
 
     def _published_claim(self, digest: str) -> BaseClaim | None:
         """What the catalogue knows of a folder's base, where these very bytes were published with one."""
@@ -264,6 +336,7 @@ class Compositions:
                         recipe=resolved.recipe.model_dump(mode="json"),
                         inputs=resolved.inputs,
                         output_digest=record["output_digest"],
+                        parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
                     )
                 )
 
@@ -283,6 +356,18 @@ def _require(allow: Allow, item: ResolvedAdapter, base: str) -> None:
     )
 
 
+def _require_licences(resolved: Resolved, accepted: bool) -> None:
+    verdict = resolved.licences
+    if verdict.level is LicenceLevel.CONFLICT and resolved.adapters and not accepted:
+        raise LicenceConflictError(
+            f"the licences do not go together: {'; '.join(verdict.reasons)}",
+            expected="licences that can all be kept",
+            found=verdict.level.value,
+            remedy="ask who publishes them for other terms, or go on with --accept-licences",
+            verdict=verdict.model_dump(mode="json"),
+        )
+
+
 def _earlier(out: Path, key: str) -> dict[str, Any] | None:
     """The record at `out` when it is this very composition and complete."""
     path = out / "composition.json"
@@ -299,7 +384,7 @@ def _earlier(out: Path, key: str) -> dict[str, Any] | None:
 
 
 def _info(
-    recipe: Recipe, out: Path, record: dict[str, Any], *, cached: bool, seconds: dict[str, float]
+    recipe: Recipe, out: Path, record: dict[str, Any], advice: list[str], *, cached: bool, seconds: dict[str, float]
 ) -> CompositionInfo:
     return CompositionInfo(
         recipe_text=str(recipe),
@@ -308,7 +393,7 @@ def _info(
         output_digest=record["output_digest"],
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
-        warnings=tuple(record["warnings"]),
+        warnings=(*record["warnings"], *advice),
         record=record,
         seconds=seconds,
     )

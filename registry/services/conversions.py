@@ -16,6 +16,7 @@ from composer.resize import resize_lora
 from registry.claims import claim_from_folder, read_card
 from registry.db import session_scope
 from registry.interface import Progress
+from registry.lifecycle import require_usable
 from registry.schemas import ConversionInfo, DeltaInfo
 from registry.services.catalogue import find_version
 from registry.services.compositions import Compositions, ResolvedBase
@@ -72,7 +73,9 @@ class Conversions:
 
     def _files(self, ref: str) -> dict[str, Path]:
         with session_scope(self._engine) as session:
-            row = find_version(session, *split_reference(ref))
+            name, version = split_reference(ref)
+            row = find_version(session, name, version)
+            require_usable(row, f"{row.adapter.full_name}@{row.version}", version)
             return {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
 
     def resize(self, ref: str, out: Path, rank: int | None, energy: float | None) -> ConversionInfo:

@@ -118,7 +118,8 @@ class Importing:
             files = _fetch(place, commit, chosen, folder, progress)
         source = f"hf://{place.repository}@{commit}"
         if CONFIG in files or "config.json" not in files:
-            result = self._publishing.publish(files, name, version, base, None, (), None, progress, read_paths=False)
+            publish = self._publishing.publish
+            result = publish(files, name, version, base, None, (), None, None, progress, read_paths=False)
             shutil.rmtree(folder, ignore_errors=True)
             return ImportInfo(source=source, version=result.version, created=result.created, warnings=result.warnings)
         if version or base:
@@ -129,7 +130,7 @@ class Importing:
             )
         kept = self._keep(files)
         try:
-            info = self._publishing.add_base(kept, name, None, None, progress)
+            info = self._publishing.add_base(kept, name, None, None, None, progress)
         except BaseException:
             shutil.rmtree(kept.parent, ignore_errors=True)
             raise

@@ -14,6 +14,7 @@ from composer.formats import find_format
 from composer.recipe import is_path, split_reference
 from composer.tensors import TensorSpec
 from registry.db import session_scope
+from registry.lifecycle import require_usable
 from registry.models import BaseModelRow
 from registry.services.catalogue import find_version, version_info
 from registry.store.local import LocalStore
@@ -39,8 +40,9 @@ class Inspection:
             if base is not None:
                 return {"type": "base", "name": base.name, "fingerprint": base.fingerprint,
                         **_checkpoint(open_checkpoint(Path(base.location)))}  # fmt: skip
-            row = find_version(session, *split_reference(ref))
-            info = version_info(session, row)
+            name, version = split_reference(ref)
+            info = version_info(session, find_version(session, name, version))
+            require_usable(info, f"{info.name}@{info.version}", version)
         adapter = open_adapter({file.name: self._store.path(file.sha256) for file in info.files})
         return {
             "type": "adapter",

@@ -1,95 +1,207 @@
-"""Compositions on the service: queued in the database, run one at a time by a background thread.
+"""The queue of jobs: submitted, looked at, cancelled and retried here; worker.py runs them.
 
     queued ──> running ──> succeeded | failed | cancelled
+      ^           │  its lease ran out: the worker is gone         retry: failed, cancelled ──> queued
+      └───────────┘
 
-A job that was running when its process died is queued again at the next start: composing is idempotent.
+One key, one job: a compose whose recipe and inputs are those of a job that waits, runs or succeeded is that job.
 """
 
 from __future__ import annotations
 
-import logging
+import copy
+import hashlib
+import json
 import shutil
 import threading
-import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select, tuple_, update
+from sqlalchemy import func, select, tuple_
+from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
+from sqlalchemy.orm import Session
 
-from composer.errors import ConflictError, TypedError
+from composer.errors import ConflictError, NotFoundError
 from composer.recipe import Recipe
+from registry.access import LOCAL, Principal, Scope
 from registry.db import session_scope
-from registry.errors import JobNotFoundError
+from registry.errors import DiskLimitError, ForbiddenError, JobNotFoundError, QueueFullError
 from registry.models import JobRow, now
-from registry.schemas import CompositionInfo, JobInfo, JobState, Page
-from registry.services.local import LocalRegistry
+from registry.schemas import CompositionInfo, JobInfo, JobState, Page, Relation
+from registry.services.lifecycle import refuse_quarantined
 
-__all__ = ["JobService"]
+if TYPE_CHECKING:
+    from registry.services.local import LocalRegistry
 
-log = logging.getLogger(__name__)
+__all__ = ["JobLimits", "JobService", "job_info"]
+
 MAX_PAGE = 1000
-POLL_S = 1.0
-REPORT_S = 0.5
-CANCELLING = "cancelling"
+ACTIVE = (JobState.QUEUED.value, JobState.RUNNING.value)
+RETRIABLE = (JobState.FAILED.value, JobState.CANCELLED.value)
+RECORD = "composition.json"
 
 
-class JobCancelledError(TypedError):
-    """Raised inside a run whose job was cancelled."""
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """What jobs may take. `disk_bytes`: of all compositions on the service, kept, running and queued."""
 
-    code = "job-cancelled"
-    category = "conflict"
+    queued: int = 1000
+    disk_bytes: int | None = None
+    free_bytes: int = 512 << 20
 
 
 class JobService:
-    """Submits, runs and reports jobs."""
+    """Submits and reports jobs, and runs them in `slots` threads of this process once started."""
 
-    def __init__(self, registry: LocalRegistry) -> None:
+    def __init__(self, registry: LocalRegistry, *, limits: JobLimits | None = None, slots: int = 1) -> None:
         self._registry = registry
         self._engine = registry.engine
-        self._wake = threading.Event()
-        self._stopping = threading.Event()
-        self._cancelled: set[str] = set()
-        self._thread: threading.Thread | None = None
+        self._limits = limits or JobLimits()
+        self._slots = slots
+        self.wake = threading.Event()
+        self._worker: Any = None
+        self._principal = LOCAL
 
-    def submit(self, recipe: Recipe) -> JobInfo:
-        """Queue a compose. The recipe is planned first, so that what cannot work is refused at once."""
-        self._registry.plan(recipe)
-        row = JobRow(
-            id=uuid.uuid4().hex, state=JobState.QUEUED.value, recipe=recipe.model_dump(mode="json"), step="queued"
-        )
-        with session_scope(self._engine, writes=True) as session:
-            session.add(row)
-            session.flush()
-            info = job_info(row)
-        self._wake.set()
+    def acting_as(self, principal: Principal) -> JobService:
+        """The same queue as `principal` may see and change it."""
+        return self.over(self._registry.acting_as(principal), principal)
+
+    def over(self, registry: LocalRegistry, principal: Principal) -> JobService:
+        """The same queue over the registry as `principal` sees it."""
+        other = copy.copy(self)
+        other._registry, other._principal = registry, principal
+        return other
+
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+        """Queue a compose, or name the job that does or did the very same.
+
+        It is planned first, so that what cannot work is refused at once, and its versions are pinned: an alias that
+        moves while the job waits changes nothing.
+        """
+        prepared = self._registry.prepare(recipe, accept_licences=accept_licences)
+        request = {"recipe": recipe.model_dump(mode="json"), "pins": list(prepared.pins),
+                   "accept_licences": accept_licences}  # fmt: skip
+        return self.enqueue("compose", str(recipe), request, key=prepared.key, nbytes=prepared.plan.nbytes)
+
+    def submit_base(
+        self,
+        folder: Path,
+        name: str | None,
+        parent: str | None = None,
+        relation: Relation | None = None,
+        license: str | None = None,
+    ) -> JobInfo:
+        """Queue the fingerprinting and registration of a checkpoint folder."""
+        self._principal.require_everywhere(Scope.PUBLISH)
+        request = {"folder": str(folder.expanduser().resolve()), "name": name, "parent": parent,
+                   "relation": relation and relation.value, "license": license}  # fmt: skip
+        key = hashlib.sha256(json.dumps(["base", request], sort_keys=True).encode()).hexdigest()
+        return self.enqueue("base", name or folder.name, request, key=key, reuse=False)
+
+    def submit_verify(self, base: str) -> JobInfo:
+        """Queue a new look at every tensor of a registered base."""
+        info = self._registry.get_base(base)
+        key = hashlib.sha256(f"verify {info.fingerprint}".encode()).hexdigest()
+        return self.enqueue("verify", info.name, {"base": info.fingerprint}, key=key, reuse=False)
+
+    def enqueue(
+        self, kind: str, title: str, request: dict[str, Any], *, key: str | None, nbytes: int = 0, reuse: bool = True
+    ) -> JobInfo:
+        """Add a job, unless one with the same `key` waits, runs or, with `reuse`, succeeded.
+
+        Raises QueueFullError and DiskLimitError.
+        """
+        try:
+            with session_scope(self._engine, writes=True) as session:
+                row = self._same(session, key, reuse=reuse)
+                if row is None:
+                    self._check_limits(session, nbytes)
+                    row = JobRow(
+                        id=uuid.uuid4().hex, kind=kind, title=title, key=key, state=JobState.QUEUED.value,
+                        request=request, bytes_total=nbytes, nbytes=nbytes, owner=self._principal.subject,
+                    )  # fmt: skip
+                    session.add(row)
+                    session.flush()
+                info = job_info(row)
+        except DatabaseIntegrityError:  # another process was first: its job is ours
+            with session_scope(self._engine) as session:
+                same = self._same(session, key, reuse=reuse)
+                if same is None:
+                    raise
+                info = job_info(same)
+        self.wake.set()
         return info
+
+    def _same(self, session: Session, key: str | None, *, reuse: bool) -> JobRow | None:
+        if key is None:
+            return None
+        states = (*ACTIVE, JobState.SUCCEEDED.value) if reuse else ACTIVE
+        query = select(JobRow).where(JobRow.key == key, JobRow.state.in_(states))
+        for row in session.scalars(query.order_by(JobRow.created_at.desc(), JobRow.id.desc())):
+            if row.state in ACTIVE or (self._registry.layout.compositions / row.id / RECORD).is_file():
+                return row
+        return None
+
+    def _check_limits(self, session: Session, nbytes: int) -> None:
+        queued = session.scalar(select(func.count()).where(JobRow.state == JobState.QUEUED.value)) or 0
+        if queued >= self._limits.queued:
+            raise QueueFullError(
+                f"{queued} jobs are waiting already",
+                expected=f"fewer than {self._limits.queued}",
+                found=queued,
+                remedy="try again later, or run another 'registry worker'",
+            )
+        if not nbytes:
+            return
+        kept = (*ACTIVE, JobState.SUCCEEDED.value)
+        used = session.scalar(select(func.sum(JobRow.nbytes)).where(JobRow.state.in_(kept))) or 0
+        if self._limits.disk_bytes is not None and used + nbytes > self._limits.disk_bytes:
+            raise DiskLimitError(
+                f"this composition needs {nbytes} bytes; {used} of {self._limits.disk_bytes} are taken",
+                expected=f"at most {self._limits.disk_bytes} bytes of compositions",
+                found=used + nbytes,
+                remedy="remove old ones with 'registry gc', or raise --max-disk",
+            )
+        free = shutil.disk_usage(self._registry.home).free
+        if free - nbytes < self._limits.free_bytes:
+            raise DiskLimitError(
+                f"this composition needs {nbytes} bytes; {free} are free",
+                expected=f"{self._limits.free_bytes} bytes left free",
+                found=free - nbytes,
+                remedy="free some space, or remove old compositions with 'registry gc'",
+            )
 
     def get(self, job_id: str) -> JobInfo:
         """One job. Raises JobNotFoundError."""
         with session_scope(self._engine) as session:
-            return job_info(_find(session.get(JobRow, job_id), job_id))
+            return job_info(self._find(session, job_id))
 
-    def list(self, limit: int, cursor: str | None) -> Page[JobInfo]:
+    def list(self, limit: int, cursor: str | None, state: JobState | None = None) -> Page[JobInfo]:
         """Jobs, newest first; the cursor is the id of the last one seen."""
         limit = max(1, min(limit, MAX_PAGE))
         query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit + 1)
+        if state is not None:
+            query = query.where(JobRow.state == state.value)
+        if not self._principal.is_admin:
+            query = query.where(JobRow.owner == self._principal.subject)
         with session_scope(self._engine) as session:
             if cursor:
-                last = _find(session.get(JobRow, cursor), cursor)
+                last = self._find(session, cursor)
                 query = query.where(tuple_(JobRow.created_at, JobRow.id) < tuple_(last.created_at, last.id))
             rows = list(session.scalars(query))
             items = tuple(job_info(row) for row in rows[:limit])
         return Page(items=items, next=items[-1].id if len(rows) > limit else None)
 
     def cancel(self, job_id: str) -> JobInfo:
-        """Cancel a queued job at once, a running one at its next block; a finished one raises ConflictError."""
+        """Cancel a queued job at once, a running one when its worker next looks; a finished one is a ConflictError."""
         with session_scope(self._engine, writes=True) as session:
-            row = _find(session.get(JobRow, job_id), job_id)
+            row = self._find(session, job_id, change=True)
             if row.state == JobState.QUEUED:
                 row.state, row.finished_at, row.step = JobState.CANCELLED.value, now(), ""
             elif row.state == JobState.RUNNING:
-                self._cancelled.add(job_id)
-                row.step = CANCELLING
+                row.cancelling = True
             else:
                 raise ConflictError(
                     f"job {job_id} is {row.state}",
@@ -97,123 +209,119 @@ class JobService:
                     found=row.state,
                     remedy="nothing is left to cancel",
                 )
+            session.flush()
             return job_info(row)
 
-    def files(self, job_id: str) -> dict[str, Path]:
-        """The output of a succeeded job: file name to path."""
-        info = self.get(job_id)
-        if info.result is None:
+    def retry(self, job_id: str) -> JobInfo:
+        """Queue a failed or cancelled job again. Raises ConflictError for others, and where its key is at work."""
+        try:
+            with session_scope(self._engine, writes=True) as session:
+                row = self._find(session, job_id, change=True)
+                if row.state not in RETRIABLE:
+                    raise ConflictError(
+                        f"job {job_id} is {row.state}",
+                        expected="a failed or cancelled job",
+                        found=row.state,
+                        remedy="cancel it first, or submit the recipe again",
+                    )
+                self._check_limits(session, row.nbytes)
+                row.state, row.attempts, row.cancelling = JobState.QUEUED.value, 0, False
+                row.error, row.finished_at, row.bytes_done, row.step = None, None, 0, ""
+                session.flush()
+                info = job_info(row)
+        except DatabaseIntegrityError:
             raise ConflictError(
-                f"job {job_id} has no output: it is {info.state.value}",
-                expected="succeeded",
-                found=info.state.value,
-                remedy="wait for it, or look at its error",
+                f"the same work as job {job_id} waits or runs already",
+                expected="one job a recipe",
+                found="another job of the same inputs",
+                remedy="see 'registry jobs list'",
+            ) from None
+        self.wake.set()
+        return info
+
+    def _find(self, session: Session, job_id: str, *, change: bool = False) -> JobRow:
+        """A job that the principal may see: its own, or a compose of adapters that it may see. Others do not exist.
+
+        change: lock it; only its owner and admins may. Raises JobNotFoundError and ForbiddenError.
+        """
+        row = session.get(JobRow, job_id, with_for_update=change)
+        if row is None or not self._may_see(row):
+            raise JobNotFoundError(
+                f"no job {job_id!r}", expected="a job id", found=job_id, remedy="see 'registry jobs list'"
             )
+        if change and not self._owns(row):
+            raise ForbiddenError(
+                f"job {job_id} was submitted by somebody else",
+                expected=row.owner,
+                found=self._principal.subject,
+                remedy="ask an admin",
+            )
+        return row
+
+    def _owns(self, row: JobRow) -> bool:
+        return self._principal.is_admin or row.owner == self._principal.subject
+
+    def _may_see(self, row: JobRow) -> bool:
+        if self._owns(row):
+            return True
+        if row.kind != "compose":
+            return False
+        try:
+            for term in Recipe.model_validate(row.request["recipe"]).adapters:
+                self._registry.get_version(term.ref)
+        except NotFoundError:
+            return False
+        return True
+
+    def files(self, job_id: str) -> dict[str, Path]:
+        """The output of a composition that succeeded: file name to path."""
+        info = self.get(job_id)
         folder = self._registry.layout.compositions / job_id
-        return {name: folder / name for name in (*info.result.record["outputs"], "composition.json")}
+        result = info.result
+        if not isinstance(result, CompositionInfo) or not (folder / RECORD).is_file():
+            found = f"{info.kind}, {info.state.value}" + (", collected" if result and info.kind == "compose" else "")
+            raise ConflictError(
+                f"job {job_id} has no output: it is {found}",
+                expected="a composition that succeeded",
+                found=found,
+                remedy="wait for it, look at its error, or submit it again",
+            )
+        with session_scope(self._engine) as session:
+            for entry in result.record["adapters"]:
+                refuse_quarantined(session, entry["digest"], f"job {job_id}: {entry['ref']}")
+        return {name: folder / name for name in (*result.record["outputs"], RECORD)}
 
     def start(self) -> None:
-        """Take up what was left and begin to work."""
-        running = update(JobRow).where(JobRow.state == JobState.RUNNING.value)
-        with session_scope(self._engine, writes=True) as session:
-            session.execute(
-                running.where(JobRow.step == CANCELLING).values(
-                    state=JobState.CANCELLED.value, step="", finished_at=now()
-                )
-            )
-            session.execute(running.values(state=JobState.QUEUED.value))
-        for leftover in self._registry.layout.compositions.glob(".*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._stopping.clear()
-        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
-        self._thread.start()
+        """Begin to work in this process."""
+        if self._slots:
+            from registry.services.worker import Worker
+
+            self._worker = Worker(self._registry, slots=self._slots, wake=self.wake)
+            self._worker.start()
 
     def stop(self) -> None:
-        """Stop at the next block; the running job is taken up at the next start."""
-        self._stopping.set()
-        self._wake.set()
-        if self._thread:
-            self._thread.join()
-
-    def _work(self) -> None:
-        while not self._stopping.is_set():
-            self._wake.clear()
-            try:
-                job_id = self._claim()
-                if job_id:
-                    self._run(job_id)
-                    continue
-            except Exception:
-                log.exception("the job worker failed; it goes on")
-            self._wake.wait(POLL_S)
-
-    def _claim(self) -> str | None:
-        with session_scope(self._engine, writes=True) as session:
-            oldest = select(JobRow).where(JobRow.state == JobState.QUEUED.value).order_by(JobRow.created_at, JobRow.id)
-            row = session.scalar(oldest.limit(1).with_for_update(skip_locked=True))
-            if row is None:
-                return None
-            row.state = JobState.RUNNING.value
-            return row.id
-
-    def _run(self, job_id: str) -> None:
-        recipe = self.get(job_id).recipe
-        last = 0.0
-
-        def progress(step: str, done: int, total: int) -> None:
-            nonlocal last
-            if job_id in self._cancelled or self._stopping.is_set():
-                raise JobCancelledError(f"job {job_id} was cancelled", remedy="submit it again")
-            if time.monotonic() - last > REPORT_S:
-                last = time.monotonic()
-                self._update(job_id, step=step, bytes_done=done, bytes_total=total)
-
-        try:
-            result = self._registry.compose(
-                recipe, self._registry.layout.compositions / job_id, replace=True, progress=progress
-            )
-        except JobCancelledError:
-            interrupted = job_id not in self._cancelled
-            self._cancelled.discard(job_id)
-            state = JobState.QUEUED if interrupted else JobState.CANCELLED
-            self._update(job_id, state=state.value, step="", finished_at=None if interrupted else now())
-        except TypedError as error:
-            self._update(job_id, state=JobState.FAILED.value, step="", error=error.as_dict(), finished_at=now())
-        except Exception:
-            log.exception("job %s failed", job_id)
-            error = TypedError("the job failed for a reason that was not foreseen", remedy="see the service's log")
-            self._update(job_id, state=JobState.FAILED.value, step="", error=error.as_dict(), finished_at=now())
-        else:
-            stored = result.model_copy(update={"out": ""}).model_dump(mode="json")
-            self._update(
-                job_id, state=JobState.SUCCEEDED.value, step="", bytes_done=result.nbytes, bytes_total=result.nbytes,
-                result=stored, finished_at=now(),
-            )  # fmt: skip
-
-    def _update(self, job_id: str, **values: object) -> None:
-        with session_scope(self._engine, writes=True) as session:
-            session.execute(update(JobRow).where(JobRow.id == job_id).values(**values))
+        """Stop at the next block; what was running is queued again."""
+        if self._worker is not None:
+            self._worker.stop()
 
 
 def job_info(row: JobRow) -> JobInfo:
     """A row as a schema."""
-    recipe = Recipe.model_validate(row.recipe)
+    stopping = row.cancelling and row.state == JobState.RUNNING
     return JobInfo(
         id=row.id,
+        kind=row.kind,
+        title=row.title,
+        owner=row.owner,
         state=JobState(row.state),
-        recipe=recipe,
-        recipe_text=str(recipe),
-        step=row.step,
-        bytes_done=row.bytes_done or 0,
-        bytes_total=row.bytes_total or 0,
+        recipe=Recipe.model_validate(row.request["recipe"]) if row.kind == "compose" else None,
+        step="cancelling" if stopping else row.step,
+        bytes_done=row.bytes_done,
+        bytes_total=row.bytes_total,
+        attempts=row.attempts,
         error=row.error,
-        result=CompositionInfo.model_validate(row.result) if row.result else None,
+        result=row.result,
         created_at=row.created_at,
+        started_at=row.started_at,
         finished_at=row.finished_at,
     )
-
-
-def _find(row: JobRow | None, job_id: str) -> JobRow:
-    if row is None:
-        raise JobNotFoundError(f"no job {job_id!r}", expected="a job id", found=job_id, remedy="see GET /api/v1/jobs")
-    return row

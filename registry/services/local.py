@@ -6,45 +6,72 @@ open_registry()  ->  LocalRegistry (registry.interface.Registry)
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Engine
+
 from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
+from registry.access import LOCAL, Principal, Role, Scope
 from registry.db import create_database_engine, migrate
-from registry.interface import DEFAULT_MAX_BYTES, DEFAULT_PAGE, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_MAX_BYTES, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
+from registry.lifecycle import require_usable
 from registry.schemas import (
+    AuditEntry,
+    BaseCheck,
     BaseFit,
     BaseInfo,
+    Collected,
     CompatibleAdapter,
     CompositionInfo,
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
     ImportInfo,
+    JobInfo,
+    JobState,
     Level,
+    LineageInfo,
+    NamespaceInfo,
+    NewToken,
     Page,
     PlanInfo,
     PublishResult,
     Relation,
+    TokenInfo,
     Verdict,
     VersionInfo,
 )
+from registry.services.audit import AuditLog
 from registry.services.catalogue import Catalogue
-from registry.services.compositions import Compositions
+from registry.services.collection import Collection
+from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
+from registry.services.downloads import Downloads
 from registry.services.importing import Importing
 from registry.services.inspection import Inspection
+from registry.services.jobs import JobService
+from registry.services.lifecycle import Lifecycle
+from registry.services.lineage import Lineage
+from registry.services.matching import Matching
+from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
 from registry.services.pushing import Pushing
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
+from registry.services.search import Query, Search
+from registry.services.tokens import TokenAuthenticator, Tokens
+from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
 from registry.store.pulling import pull_files
 
 __all__ = ["LocalRegistry", "open_registry"]
+
+assert hide_private  # it listens to every session of these services
 
 
 def open_registry(home: Path | None = None, database_url: str | None = None) -> LocalRegistry:
@@ -52,16 +79,17 @@ def open_registry(home: Path | None = None, database_url: str | None = None) -> 
     layout = Layout((home or default_home()).expanduser().resolve())
     with storage_errors(f"opening {layout.home}"):
         layout.home.mkdir(parents=True, exist_ok=True)
-    return LocalRegistry(layout, database_url or os.environ.get("REGISTRY_DATABASE_URL") or layout.database_url)
+    engine = create_database_engine(database_url or os.environ.get("REGISTRY_DATABASE_URL") or layout.database_url)
+    migrate(engine)
+    return LocalRegistry(layout, engine)
 
 
 class LocalRegistry:
-    """Services over one database and one store."""
+    """Services over one database, which is migrated, and one store."""
 
-    def __init__(self, layout: Layout, database_url: str) -> None:
+    def __init__(self, layout: Layout, engine: Engine) -> None:
         self.layout = layout
-        self.engine = create_database_engine(database_url)
-        migrate(self.engine)
+        self.engine = engine
         self.store = LocalStore(layout)
         self._catalogue = Catalogue(self.engine)
         self._publishing = Publishing(self.engine, self.store)
@@ -72,6 +100,29 @@ class LocalRegistry:
         self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
         self._importing = Importing(layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
+        self._jobs = JobService(self, slots=0)
+        self._namespaces = Namespaces(self.engine)
+        self._search = Search(self.engine)
+        self._lineage = Lineage(self.engine)
+        self._matching = Matching(self.engine)
+        self._lifecycle = Lifecycle(self.engine)
+        self._collection = Collection(self.engine, layout)
+        self._audit = AuditLog(self.engine)
+        self.tokens = Tokens(self.engine)
+        self.downloads = Downloads(self.engine)
+
+    def acting_as(self, principal: Principal) -> LocalRegistry:
+        """The same registry as `principal` may see and change it."""
+        if principal is LOCAL:
+            return self
+        other = LocalRegistry(self.layout, self.engine.execution_options(principal=principal))
+        other._jobs = self._jobs.over(other, principal)
+        other.downloads = self.downloads
+        return other
+
+    def authenticator(self) -> TokenAuthenticator:
+        """What recognises the tokens of this registry."""
+        return TokenAuthenticator(self.engine)
 
     @property
     def home(self) -> Path:
@@ -79,7 +130,8 @@ class LocalRegistry:
         return self.layout.home
 
     def close(self) -> None:
-        """Release the database."""
+        """Write what was counted and release the database."""
+        self.downloads.write()
         self.engine.dispose()
 
     def add_base(
@@ -89,15 +141,45 @@ class LocalRegistry:
         name: str | None = None,
         parent: str | None = None,
         relation: Relation | None = None,
+        license: str | None = None,
         progress: Progress | None = None,
     ) -> BaseInfo:
-        return self._publishing.add_base(folder, name, parent, relation, progress)
+        return self._publishing.add_base(folder, name, parent, relation, license, progress)
+
+    def remove_base(self, ref: str) -> None:
+        self._lifecycle.remove_base(ref)
+
+    def yank(self, ref: str, reason: str | None) -> VersionInfo:
+        return self._lifecycle.yank(*split_reference(ref), reason)
+
+    def deprecate(self, ref: str, reason: str | None, *, successor: str | None = None) -> VersionInfo:
+        return self._lifecycle.deprecate(*split_reference(ref), reason, successor)
+
+    def quarantine(self, ref: str, reason: str | None) -> tuple[VersionInfo, ...]:
+        return self._lifecycle.quarantine(*split_reference(ref), reason)
+
+    def delete_version(self, ref: str) -> None:
+        self._lifecycle.delete(*split_reference(ref))
+
+    def collect(
+        self,
+        *,
+        grace_days: float = GRACE_DAYS,
+        keep_jobs_days: float = KEEP_JOBS_DAYS,
+        keep_records_days: float | None = None,
+        dry_run: bool = False,
+    ) -> Collected:
+        records = None if keep_records_days is None else timedelta(days=keep_records_days)
+        return self._collection.collect(timedelta(days=grace_days), timedelta(days=keep_jobs_days), records, dry_run)
 
     def list_bases(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[BaseInfo]:
         return self._catalogue.list_bases(limit, cursor)
 
     def get_base(self, ref: str) -> BaseInfo:
         return self._catalogue.get_base(ref)
+
+    def verify_base(self, ref: str, *, progress: Progress | None = None) -> BaseCheck:
+        return self._publishing.verify_base(ref, progress)
 
     def publish(
         self,
@@ -109,12 +191,13 @@ class LocalRegistry:
         license: str | None = None,
         tags: tuple[str, ...] = (),
         description: str | None = None,
+        private: bool | None = None,
         progress: Progress | None = None,
         read_paths: bool = True,
     ) -> PublishResult:
         """As the protocol says; `read_paths=False` for uploads: paths in them are not looked up on this machine."""
         return self._publishing.publish(
-            folder, name, version, base, license, tags, description, progress, read_paths=read_paths
+            folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths
         )
 
     def import_model(
@@ -149,14 +232,31 @@ class LocalRegistry:
     ) -> Page[VersionInfo]:
         return self._catalogue.list_adapters(limit, cursor, namespace=namespace, kind=kind, base=base)
 
-    def search(self, text: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
-        return self._catalogue.list_adapters(limit, cursor, words=tuple(text.split()))
+    def search(
+        self,
+        text: str = "",
+        *,
+        namespace: str | None = None,
+        kind: str | None = None,
+        rank: int | None = None,
+        task: str | None = None,
+        license: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[VersionInfo]:
+        query = Query(text, namespace, kind, rank, task, license, base, tag)
+        return self._search.page(query, limit, cursor)
+
+    def lineage(self, base: str) -> LineageInfo:
+        return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
         return self._catalogue.get_version(*split_reference(ref))
 
-    def list_versions(self, name: str) -> tuple[VersionInfo, ...]:
-        return self._catalogue.list_versions(name)
+    def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
+        return self._catalogue.list_versions(name, limit, cursor)
 
     def set_alias(self, ref: str, alias: str) -> VersionInfo:
         return self._catalogue.set_alias(*split_reference(ref), alias)
@@ -164,20 +264,36 @@ class LocalRegistry:
     def delete_alias(self, name: str, alias: str) -> None:
         self._catalogue.delete_alias(name, alias)
 
-    def version_files(self, ref: str) -> dict[str, Path]:
-        """The files of a version: name to blob, each present."""
-        return {file.name: self.store.path(file.sha256) for file in self.get_version(ref).files}
-
-    def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
-        info = self.get_version(ref)
-        pull_files(self.store, info.files, out, progress)
+    def usable_version(self, ref: str) -> VersionInfo:
+        """A version whose bytes may be used. Raises YankedError and QuarantinedError."""
+        name, version = split_reference(ref)
+        info = self._catalogue.get_version(name, version)
+        require_usable(info, f"{info.name}@{info.version}", version)
         return info
 
-    def compatible(self, base: str, *, level: Level = Level.SHAPE) -> tuple[CompatibleAdapter, ...]:
-        return self._catalogue.compatible(base, level)
+    def version_files(self, ref: str) -> dict[str, Path]:
+        """The files of a version that may be used: name to blob, each present."""
+        return {file.name: self.store.path(file.sha256) for file in self.usable_version(ref).files}
 
-    def bases_for(self, ref: str, *, level: Level = Level.SHAPE) -> tuple[BaseFit, ...]:
-        return self._catalogue.bases_for(*split_reference(ref), level)
+    def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
+        info = self.usable_version(ref)
+        pull_files(self.store, info.files, out, progress)
+        self.count_download(info)
+        return info
+
+    def count_download(self, info: VersionInfo) -> None:
+        """One download of this version more; counts are written every few seconds, and when the registry is closed."""
+        self.downloads.count(self._catalogue.version_id(info.name, info.version))
+
+    def compatible(
+        self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[CompatibleAdapter]:
+        return self._matching.compatible(base, level, limit, cursor)
+
+    def bases_for(
+        self, ref: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[BaseFit]:
+        return self._matching.bases_for(*split_reference(ref), level, limit, cursor)
 
     def check(self, adapter: str, base: str) -> Verdict:
         return self._compositions.check(adapter, base)
@@ -185,10 +301,39 @@ class LocalRegistry:
     def plan(self, recipe: Recipe) -> PlanInfo:
         return self._compositions.plan(recipe)
 
+    def prepare(self, recipe: Recipe, *, accept_licences: bool = False) -> Prepared:
+        """A plan that compose will follow: refused where compose would refuse, with its key and pinned versions."""
+        return self._compositions.prepare(recipe, accept_licences)
+
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        accept_licences: bool = False,
+        progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        return self._compositions.compose(recipe, out, replace, progress)
+        """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
+        return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences)
+
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+        return self._jobs.submit(recipe, accept_licences=accept_licences)
+
+    def list_jobs(
+        self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[JobInfo]:
+        return self._jobs.list(limit, cursor, state)
+
+    def get_job(self, job_id: str) -> JobInfo:
+        return self._jobs.get(job_id)
+
+    def cancel_job(self, job_id: str) -> JobInfo:
+        return self._jobs.cancel(job_id)
+
+    def retry_job(self, job_id: str) -> JobInfo:
+        return self._jobs.retry(job_id)
 
     def extract(
         self,
@@ -211,6 +356,49 @@ class LocalRegistry:
 
     def restore_delta(self, ref: str, base: str, out: Path, *, progress: Progress | None = None) -> DeltaInfo:
         return self._conversions.restore_delta(ref, base, out, progress)
+
+    def set_private(self, name: str, private: bool) -> VersionInfo:
+        return self._catalogue.set_private(name, private)
+
+    def create_token(
+        self,
+        name: str,
+        *,
+        subject: str,
+        scopes: tuple[Scope, ...],
+        namespaces: tuple[str, ...] | None = None,
+        days: int = DEFAULT_DAYS,
+    ) -> NewToken:
+        return self.tokens.create(name, subject, scopes, namespaces, days)
+
+    def list_tokens(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[TokenInfo]:
+        return self.tokens.list(limit, cursor)
+
+    def revoke_token(self, token_id: str) -> TokenInfo:
+        return self.tokens.revoke(token_id)
+
+    def list_namespaces(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[NamespaceInfo]:
+        return self._namespaces.list(limit, cursor)
+
+    def grant(self, namespace: str, subject: str, role: Role) -> NamespaceInfo:
+        return self._namespaces.grant(namespace, subject, role)
+
+    def revoke(self, namespace: str, subject: str) -> NamespaceInfo:
+        return self._namespaces.revoke(namespace, subject)
+
+    def audit(
+        self,
+        *,
+        subject: str | None = None,
+        target: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[AuditEntry]:
+        return self._audit.list(limit, cursor, subject=subject, target=target)
+
+    def note_denied(self, target: str, code: str) -> None:
+        """Write into the audit log that somebody known was refused."""
+        self._audit.denied(target, code)
 
     def inspect(self, ref: str) -> dict[str, Any]:
         return self._inspection.inspect(ref)

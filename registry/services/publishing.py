@@ -8,6 +8,8 @@ Blobs come first and are harmless alone; the row makes a version visible.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 from sqlalchemy.orm import Session
 
-from composer.adapters import Adapter, open_adapter
+from composer.adapters import Adapter, Target, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import FileSet, sha256_file
 from composer.provenance import manifest_digest
 from composer.tensors import DTYPES
+from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
 from registry.compat import BaseClaim, assess
 from registry.db import session_scope
@@ -33,14 +36,22 @@ from registry.models import (
     BaseFileRow,
     BaseModelRow,
     BaseTensorRow,
+    SignatureRow,
+    SignatureTargetRow,
+    TombstoneRow,
     VersionFileRow,
     VersionRow,
-    VersionTargetRow,
+    VersionTagRow,
 )
 from registry.names import Version, adapter_name, base_name, slug
-from registry.schemas import BaseInfo, Level, PublishResult, Relation
-from registry.services.catalogue import LATEST, base_facts, base_info, find_base, version_info
+from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
+from registry.services.audit import acting, record
+from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
+from registry.services.lifecycle import refuse_quarantined
+from registry.services.lineage import set_parent
+from registry.services.namespaces import require_role
 from registry.store.local import LocalStore
+from registry.words import index_text
 
 __all__ = ["Publishing", "publishable_files"]
 
@@ -73,6 +84,7 @@ class Publishing:
         name: str | None,
         parent: str | None,
         relation: Relation | None,
+        license: str | None,
         progress: Progress | None,
     ) -> BaseInfo:
         """Fingerprint a checkpoint and register it where it lies.
@@ -90,14 +102,15 @@ class Publishing:
             )
         folder = folder.expanduser().resolve()
         name = base_name(name or slug(folder))
-        checkpoint = open_checkpoint(folder)
         with session_scope(self._engine) as session:
+            acting(session).require_everywhere(Scope.PUBLISH)
             if parent:
                 find_base(session, parent)
+        checkpoint = open_checkpoint(folder)
         fingerprint = fingerprint_checkpoint(
             checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
         )
-        return self._register(folder, name, checkpoint, fingerprint, parent, relation)
+        return self._register(folder, name, checkpoint, fingerprint, parent, relation, license)
 
     def _register(
         self,
@@ -107,6 +120,7 @@ class Publishing:
         fingerprint: Fingerprint,
         parent: str | None,
         relation: Relation | None,
+        license: str | None,
         *,
         moves: bool = False,
     ) -> BaseInfo:
@@ -126,13 +140,14 @@ class Publishing:
                         found=found,
                         remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
                     )
-            stays = same is not None and parent is None and Path(same.location) != folder and not moves
+            stays = (
+                parent is None and license is None and same is not None and Path(same.location) != folder and not moves
+            )
             if same is not None and stays and _lies_there(same):
                 return base_info(same, len(same.tensors))
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
-            if parent:
-                row.parent, row.relation = find_base(session, parent), relation.value if relation else None
+            row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
             row.files = (
                 [
                     BaseFileRow(name=file, size=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns, sha256=sha256)
@@ -142,6 +157,9 @@ class Publishing:
                 else _merged_files(row, files)
             )
             session.add(row)
+            if parent and relation:
+                set_parent(session, row, find_base(session, parent), relation)
+            record(session, "base.add", row.name, fingerprint=row.fingerprint, parent=parent)
             session.flush()
             return base_info(row, len(row.tensors), created=same is None)
 
@@ -161,7 +179,25 @@ class Publishing:
                 return base_info(same, len(same.tensors))
             taken = same is None and session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == name))
         wanted = same.name if same else names[1] if taken else name
-        return self._register(folder, wanted, checkpoint, fingerprint, None, None, moves=True)
+        return self._register(folder, wanted, checkpoint, fingerprint, None, None, None, moves=True)
+
+    def verify_base(self, ref: str, progress: Progress | None) -> BaseCheck:
+        """Hash every tensor of a registered base again and compare. Raises what open_checkpoint raises."""
+        with session_scope(self._engine) as session:
+            row = find_base(session, ref)
+            known = {tensor.name: tensor.digest for tensor in row.tensors}
+        checkpoint = open_checkpoint(Path(row.location))
+        found = fingerprint_checkpoint(
+            checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
+        )
+        now = {leaf.name: leaf.digest for leaf in logical_leaves(checkpoint, found)}
+        return BaseCheck(
+            name=row.name,
+            fingerprint=row.fingerprint,
+            found=found.identity,
+            intact=found.identity == row.fingerprint,
+            changed=tuple(sorted(name for name in known | now if known.get(name) != now.get(name))),
+        )
 
     def publish(
         self,
@@ -172,6 +208,7 @@ class Publishing:
         license: str | None,
         tags: tuple[str, ...],
         description: str | None,
+        private: bool | None,
         progress: Progress | None,
         *,
         read_paths: bool = True,
@@ -184,6 +221,8 @@ class Publishing:
         """
         namespace, short = adapter_name(name)
         wanted = Version(version) if version else None
+        with session_scope(self._engine, writes=True) as session:
+            require_role(session, namespace, Role.PUBLISHER, claim=True)
         adapter = open_adapter(source.expanduser() if isinstance(source, Path) else source)
         _check_finite(adapter)
         card = read_card(adapter.files.get("README.md"))
@@ -196,7 +235,7 @@ class Publishing:
             with session_scope(self._engine, writes=True) as session:
                 return self._insert(
                     session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                    license, tags, description, warnings,
+                    license, tags, description, private, warnings,
                 )  # fmt: skip
         except DatabaseIntegrityError as error:
             raise VersionTakenError(
@@ -294,9 +333,12 @@ class Publishing:
         license: str | None,
         tags: tuple[str, ...],
         description: str | None,
+        private: bool | None,
         warnings: list[str],
     ) -> PublishResult:
         namespace, short = name
+        require_role(session, namespace, Role.PUBLISHER)
+        refuse_quarantined(session, digest, f"{namespace}/{short}")
         owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
         if owner is None:
             if session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == f"{namespace}/{short}")):
@@ -306,9 +348,12 @@ class Publishing:
                     found="a base of that name",
                     remedy="publish under another --name",
                 )
-            owner = AdapterRow(namespace=namespace, name=short)
+            owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
             session.add(owner)
             session.flush()
+        elif private not in (None, owner.private):
+            kept = "private" if owner.private else "public"
+            warnings.append(f"{owner.full_name} stays {kept}; 'registry visibility' changes that")
         versions = select(VersionRow).where(VersionRow.adapter_id == owner.id)
         if wanted is None:
             # The same bytes tied to another base are a new version: what is known of them has changed.
@@ -321,6 +366,8 @@ class Publishing:
             )
             newest = session.scalar(versions.order_by(VersionRow.sort_key.desc()).limit(1))
             wanted = Version(Version(newest.version).next_patch() if newest else FIRST_VERSION)
+            while same is None and _was_deleted(session, name, wanted):
+                wanted = Version(wanted.next_patch())
         else:
             same = session.scalar(versions.where(VersionRow.version == wanted.text))
             if same is not None and same.digest != digest:
@@ -328,6 +375,13 @@ class Publishing:
                     f"{owner.full_name}@{wanted.text} holds other bytes; versions never change",
                     expected=same.digest,
                     found=digest,
+                    remedy="publish under a new version",
+                )
+            if same is None and _was_deleted(session, name, wanted):
+                raise VersionTakenError(
+                    f"{owner.full_name}@{wanted.text} was deleted; a version is never used again",
+                    expected="a new version",
+                    found=wanted.text,
                     remedy="publish under a new version",
                 )
         if same is not None:
@@ -356,14 +410,17 @@ class Publishing:
             license=license or card.license,
             tags=list(labels),
             description=text,
-            search_text=" ".join(
-                (owner.full_name, text, *labels, claim.name or "", signature.kind, *signature.target_modules)
-            ).lower(),
+            search_text=index_text(
+                owner.full_name, text, *labels, claim.name or "", signature.kind, *signature.target_modules
+            ),
+            signature=_signature(session, signature.targets),
+            task=_short(adapter.config.get("task_type"), 50),
             files=files,
-            targets=[VersionTargetRow(parameter=t.parameter, shape=list(t.shape)) for t in signature.targets],
+            labels=[VersionTagRow(tag=tag) for tag in labels if len(tag) <= 200],
         )
         session.add(row)
-        session.flush()
+        record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
+        refresh_latest(session, owner.id)
         session.refresh(row)
         return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
 
@@ -378,6 +435,24 @@ def _check_no_adapter(session: Session, name: str) -> None:
             found="an adapter of that name",
             remedy="choose another --name",
         )
+
+
+def _signature(session: Session, targets: tuple[Target, ...]) -> str:
+    """The digest of what an adapter touches, stored once for all who touch the same."""
+    found = sorted((target.parameter, list(target.shape)) for target in targets)
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    if session.get(SignatureRow, digest) is None:
+        rows = [SignatureTargetRow(parameter=parameter, shape=shape) for parameter, shape in found]
+        session.add(SignatureRow(digest=digest, targets=rows))
+    return digest
+
+
+def _short(value: object, limit: int) -> str | None:
+    return value if isinstance(value, str) and len(value) <= limit else None
+
+
+def _was_deleted(session: Session, name: tuple[str, str], version: Version) -> bool:
+    return session.get(TombstoneRow, (*name, version.text)) is not None
 
 
 def _fill_base(row: BaseModelRow, folder: Path, checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:

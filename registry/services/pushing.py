@@ -24,19 +24,22 @@ from composer.adapters import open_adapter
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
 from composer.files import FileSet, refuse_pickles
 from composer.sinks import storage_errors
+from registry.access import Role
 from registry.claims import read_card
 from registry.db import session_scope
 from registry.errors import EntryNotFoundError, NameTakenError, StaleParentError
 from registry.models import BaseModelRow, CommitFileRow, CommitRow, RefRow, RepositoryRow, VersionRow, now
+from registry.names import DEFAULT_NAMESPACE
 from registry.pushes import CARD, CONFIG, Holding, base_reference, complete_card, complete_config, holding
 from registry.schemas import FileInfo
 from registry.services.catalogue import find_version
+from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
 from registry.services.repositories import MAIN, Located, Snapshot, commit_id, locate, no_revision, snapshot_at
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
-__all__ = ["Operation", "Pushed", "Pushing", "Put", "Remove", "keep_commit", "own_repository"]
+__all__ = ["Operation", "Pushed", "Pushing", "Put", "Remove", "keep_commit", "namespace_of", "own_repository"]
 
 MAX_FILES = 10_000
 
@@ -105,8 +108,9 @@ class Pushing:
         folder, and what publishing raises.
         """
         with self._locks[name]:
-            with session_scope(self._engine) as session:
+            with session_scope(self._engine, writes=True) as session:
                 place = locate(session, name)
+                require_role(session, namespace_of(place), Role.PUBLISHER, claim=True)
                 before = _at_branch(session, place, branch)
             if parent is not None and not before.commit.startswith(parent):
                 raise _stale(name, parent, before.commit)
@@ -230,7 +234,7 @@ class Pushing:
     def _publish_adapter(self, name: str, files: Mapping[str, FileInfo], version: str | None) -> _Outcome:
         files, fingerprint = self._complete(files)
         result = self._publishing.publish(
-            self._paths(files), name, version, fingerprint, None, (), None, None, read_paths=False, whole=True
+            self._paths(files), name, version, fingerprint, None, (), None, None, None, read_paths=False, whole=True
         )
         return _Outcome(files, version=result.version.version, warnings=result.warnings)
 
@@ -304,6 +308,11 @@ def _stale(name: str, expected: str, found: str) -> StaleParentError:
         found=found,
         remedy="refresh and push again",
     )
+
+
+def namespace_of(place: Located) -> str:
+    """The namespace whose members may change a repository; of a base without one, the default, which is an admin's."""
+    return place.name.rpartition("/")[0] or DEFAULT_NAMESPACE
 
 
 def own_repository(session: Session, place: Located) -> RepositoryRow:

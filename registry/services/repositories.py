@@ -27,6 +27,7 @@ from registry.errors import (
     RevisionNotFoundError,
     VersionNotFoundError,
 )
+from registry.lifecycle import require_usable
 from registry.models import AdapterRow, AliasRow, BaseModelRow, CommitRow, RefRow, RepositoryRow, VersionRow
 from registry.names import Version, adapter_name
 from registry.schemas import BaseInfo, FileInfo, VersionInfo
@@ -113,9 +114,16 @@ def locate(session: Session, name: str) -> Located:
     repository = session.scalar(
         select(RepositoryRow).where(RepositoryRow.namespace == namespace, RepositoryRow.name == short)
     )
-    if base is None and adapter is None and repository is None:
+    if base is None and adapter is None and (repository is None or _is_hidden(session, namespace, short)):
         raise _no_repository(name)
     return Located(name if base else f"{namespace}/{short}", repository, adapter, base)
+
+
+def _is_hidden(session: Session, namespace: str, name: str) -> bool:
+    """Whether an adapter of that name is there and not for the eyes of who asks; its drafts are not either."""
+    table = AdapterRow.__table__
+    same = (table.c.namespace == namespace, table.c.name == name)
+    return session.scalar(select(table.c.id).where(*same)) is not None
 
 
 def _no_repository(name: str) -> RepositoryNotFoundError:
@@ -142,9 +150,10 @@ def snapshot_at(session: Session, place: Located, revision: str | None) -> Snaps
         wanted = revision[1:] if revision.startswith("v") and Version.matches(revision[1:]) else revision
         for text in dict.fromkeys((revision, wanted)):
             try:
-                return _of_version(session, place, find_version(session, place.adapter.full_name, text))
+                row = find_version(session, place.adapter.full_name, text)
             except VersionNotFoundError:
                 continue
+            return _of_version(session, place, row, text)
     raise no_revision(place, revision)
 
 
@@ -161,8 +170,8 @@ def no_revision(place: Located, revision: str) -> RevisionNotFoundError:
 def _head(session: Session, place: Located) -> Snapshot:
     ref = _ref(session, place.repository, MAIN) if place.repository else None
     if place.adapter:
-        versions = select(VersionRow).where(VersionRow.adapter_id == place.adapter.id)
-        latest = session.scalar(versions.order_by(*LATEST).limit(1))
+        versions = select(VersionRow).where(VersionRow.adapter_id == place.adapter.id, VersionRow.latest)
+        latest = session.scalar(versions)
         if latest is not None and (ref is None or latest.created_at > ref.updated_at):
             return _of_version(session, place, latest)
     if ref is not None:
@@ -190,7 +199,7 @@ def _by_commit(session: Session, place: Located, oid: str) -> Snapshot | None:
         version = session.scalar(
             select(VersionRow).where(VersionRow.adapter_id == place.adapter.id, same).order_by(*LATEST).limit(1)
         )
-        return _of_version(session, place, version) if version else None
+        return _of_version(session, place, version, version.digest) if version else None
     if place.base and (found := _of_base(place, place.base)).commit == oid:
         return found
     return None
@@ -199,6 +208,8 @@ def _by_commit(session: Session, place: Located, oid: str) -> Snapshot | None:
 def _of_commit(session: Session, place: Located, row: CommitRow) -> Snapshot:
     version = session.get(VersionRow, row.version_id) if row.version_id else None
     base = session.get(BaseModelRow, row.base_id) if row.base_id else None
+    if version:
+        require_usable(version, f"{place.name}@{version.version}", version.digest)
     return Snapshot(
         place.name,
         row.oid,
@@ -209,7 +220,9 @@ def _of_commit(session: Session, place: Located, row: CommitRow) -> Snapshot:
     )
 
 
-def _of_version(session: Session, place: Located, row: VersionRow) -> Snapshot:
+def _of_version(session: Session, place: Located, row: VersionRow, asked: str | None = None) -> Snapshot:
+    """A version, unless it is quarantined, or yanked and not asked for by its digest."""
+    require_usable(row, f"{place.name}@{row.version}", asked)
     info = version_info(session, row)
     return Snapshot(place.name, info.digest[7:47], {f.name: f for f in info.files}, row.created_at, version=info)
 

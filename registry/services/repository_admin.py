@@ -7,25 +7,29 @@ branch              a place for drafts; what is tagged there becomes a version
 
 from __future__ import annotations
 
-from sqlalchemy import Engine, Text, cast, delete, exists, select
+from sqlalchemy import Engine, delete, exists, select
 from sqlalchemy.orm import Session
 
 from composer.errors import ConflictError, PolicyError
+from registry.access import Role
 from registry.db import session_scope
 from registry.errors import RefExistsError, RepositoryExistsError, RepositoryNotFoundError
 from registry.models import (
     AdapterRow,
     AliasRow,
     BaseModelRow,
-    CompositionRow,
+    CompositionInputRow,
     RefRow,
     RepositoryRow,
+    TombstoneRow,
     VersionRow,
 )
 from registry.names import Version, adapter_name, alias_name
 from registry.services.catalogue import Catalogue
-from registry.services.pushing import Pushing, keep_commit, own_repository, set_ref
+from registry.services.namespaces import require_role
+from registry.services.pushing import Pushing, keep_commit, namespace_of, own_repository, set_ref
 from registry.services.repositories import MAIN, Located, locate, no_revision, snapshot_at
+from registry.words import index_text
 
 __all__ = ["RepositoryAdmin"]
 
@@ -43,6 +47,7 @@ class RepositoryAdmin:
         namespace, short = adapter_name(name)
         full = f"{namespace}/{short}"
         with session_scope(self._engine, writes=True) as session:
+            require_role(session, namespace, Role.PUBLISHER, claim=True)
             self._check_free(session, full)
             session.add(RepositoryRow(namespace=namespace, name=short))
         return full
@@ -54,6 +59,7 @@ class RepositoryAdmin:
         """
         with session_scope(self._engine, writes=True) as session:
             place = locate(session, name)
+            require_role(session, namespace_of(place), Role.OWNER)
             if users := _users(session, place):
                 raise ConflictError(
                     f"{place.name} is in use: {users[0]}",
@@ -67,6 +73,14 @@ class RepositoryAdmin:
             if place.adapter:
                 session.execute(delete(AliasRow).where(AliasRow.adapter_id == place.adapter.id))
                 for row in session.scalars(select(VersionRow).where(VersionRow.adapter_id == place.adapter.id)):
+                    session.merge(
+                        TombstoneRow(
+                            namespace=place.adapter.namespace,
+                            name=place.adapter.name,
+                            version=row.version,
+                            digest=row.digest,
+                        )
+                    )
                     session.delete(row)
                 session.flush()
                 session.delete(place.adapter)
@@ -78,6 +92,8 @@ class RepositoryAdmin:
         namespace, short = adapter_name(to)
         with session_scope(self._engine, writes=True) as session:
             place = locate(session, name)
+            require_role(session, namespace_of(place), Role.OWNER)
+            require_role(session, namespace, Role.PUBLISHER, claim=True)
             self._check_free(session, f"{namespace}/{short}")
             if place.repository:
                 place.repository.namespace, place.repository.name = namespace, short
@@ -87,8 +103,8 @@ class RepositoryAdmin:
                 former = place.adapter.full_name
                 place.adapter.namespace, place.adapter.name = namespace, short
                 for row in session.scalars(select(VersionRow).where(VersionRow.adapter_id == place.adapter.id)):
-                    rest = row.search_text.removeprefix(former.lower())
-                    row.search_text = f"{namespace}/{short}".lower() + rest
+                    rest = row.search_text.removeprefix(index_text(former))
+                    row.search_text = index_text(f"{namespace}/{short}") + rest
 
     @staticmethod
     def _check_free(session: Session, name: str) -> None:
@@ -106,6 +122,7 @@ class RepositoryAdmin:
         alias_name(branch)
         with session_scope(self._engine, writes=True) as session:
             place = locate(session, name)
+            require_role(session, namespace_of(place), Role.PUBLISHER)
             self._check_ref(session, place, branch)
             self._set_ref(session, place, "branch", branch, revision)
 
@@ -116,7 +133,9 @@ class RepositoryAdmin:
                 "main cannot be deleted", expected="another branch", found=branch, remedy="delete the repository"
             )
         with session_scope(self._engine, writes=True) as session:
-            self._delete_ref(session, locate(session, name), "branch", branch)
+            place = locate(session, name)
+            require_role(session, namespace_of(place), Role.PUBLISHER)
+            self._delete_ref(session, place, "branch", branch)
 
     def create_tag(self, name: str, tag: str, revision: str | None = None) -> None:
         """A tag at a revision: a version or an alias where that is an adapter.
@@ -125,6 +144,7 @@ class RepositoryAdmin:
         """
         with session_scope(self._engine, writes=True) as session:
             place = locate(session, name)
+            require_role(session, namespace_of(place), Role.PUBLISHER)
             snapshot = snapshot_at(session, place, revision)
             self._check_ref(session, place, tag)
             if snapshot.base is not None:
@@ -151,6 +171,7 @@ class RepositoryAdmin:
         """Remove an alias or a base's tag. Raises PolicyError for a version: those stay."""
         with session_scope(self._engine, writes=True) as session:
             place = locate(session, name)
+            require_role(session, namespace_of(place), Role.PUBLISHER)
             if place.adapter is None:
                 self._delete_ref(session, place, "tag", tag)
                 return
@@ -217,8 +238,6 @@ def _users(session: Session, place: Located) -> list[str]:
         found += [f"the adapter {row.full_name}" for row in session.scalars(adapters.distinct().limit(5))]
         children = select(BaseModelRow.name).where(BaseModelRow.parent_id == place.base.id)
         found += [f"the base {child}" for child in session.scalars(children.limit(5))]
-    for digest in digests:
-        inputs = cast(CompositionRow.inputs, Text).contains(digest)
-        if session.scalar(select(exists().where(inputs))):
-            found.append(f"a composition of {digest[:19]}…")
+    used = select(CompositionInputRow.digest).where(CompositionInputRow.digest.in_(digests)).distinct()
+    found += [f"a composition of {digest[:19]}…" for digest in session.scalars(used)]
     return found

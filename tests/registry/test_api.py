@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -170,6 +171,39 @@ def wait(client: TestClient, location: str) -> dict[str, Any]:
             return job
         time.sleep(0.05)
     raise AssertionError("the job did not end")
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and data of each server-sent event."""
+    blocks = [block.split("\n") for block in text.strip().split("\n\n") if not block.startswith(":")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+
+
+def test_a_job_is_followed_by_events(filled: TestClient) -> None:
+    """Its states in order, then the end with the result; a job that is over has the end only."""
+    job = filled.post(f"{API}/compositions", json={"recipe": "tiny+team/shout:0.75"}).json()
+    answer = filled.get(f"{API}/jobs/{job['id']}/events")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    seen = events(answer.text)
+    assert [name for name, _ in seen] == ["job"] * (len(seen) - 1) + ["end"]
+    assert seen[-1][1] == filled.get(f"{API}/jobs/{job['id']}").json()
+    assert seen[-1][1]["state"] == "succeeded"
+    assert [name for name, _ in events(filled.get(f"{API}/jobs/{job['id']}/events").text)] == ["end"]
+    error(filled.get(f"{API}/jobs/nothing/events"), 404)
+
+
+def test_a_base_is_added_and_verified_in_the_background(client: TestClient, tiny_llama: Path) -> None:
+    """202 and a job; what is no checkpoint is refused at once."""
+    answer = client.post(f"{API}/bases?background=true", data={"name": "tiny"}, files=parts(tiny_llama))
+    assert answer.status_code == 202, answer.text
+    job = wait(client, answer.headers["Location"])
+    assert (job["kind"], job["result"]) == ("base", {**client.get(f"{API}/bases/tiny").json(), "created": True})
+    check = client.post(f"{API}/bases/tiny/verifications")
+    assert wait(client, check.headers["Location"])["result"]["intact"]
+    nothing = [("files", ("config.json", b"{}", "a/b"))]
+    error(client.post(f"{API}/bases?background=true", files=nothing), 404)
+    error(client.post(f"{API}/jobs/{job['id']}/retry"), 409)
+    assert [item["id"] for item in client.get(f"{API}/jobs", params={"state": "failed"}).json()["items"]] == []
 
 
 def test_a_queued_job_can_be_cancelled(registry: Any, client: TestClient, filled: TestClient) -> None:

@@ -46,10 +46,12 @@ def lora(tmp_path: Path, base: Path, registry: LocalRegistry) -> Path:
 def test_the_very_base_is_exact(registry: LocalRegistry, lora: Path, tmp_path: Path) -> None:
     """In both directions, and compose goes on without a warning."""
     assert registry.check("team/a", "base").level is Level.EXACT
-    assert [(item.adapter.name, item.verdict.level) for item in registry.compatible("base")] == [
+    assert [(item.adapter.name, item.verdict.level) for item in registry.compatible("base").items] == [
         ("team/a", Level.EXACT)
     ]
-    assert [(item.base.name, item.verdict.level) for item in registry.bases_for("team/a")] == [("base", Level.EXACT)]
+    assert [(item.base.name, item.verdict.level) for item in registry.bases_for("team/a").items] == [
+        ("base", Level.EXACT)
+    ]
     assert registry.compose(parse_recipe("base+team/a"), tmp_path / "out").warnings == ()
 
 
@@ -87,8 +89,8 @@ def test_other_weights_of_the_same_shapes_are_shape_only(registry: LocalRegistry
     registry.add_base(write_base(tmp_path / "other", weights(seed=2)), name="other")
     verdict = registry.check("team/a", "other")
     assert (verdict.level, verdict.reasons[0].code) == (Level.SHAPE, "different-base")
-    assert [item.base.name for item in registry.bases_for("team/a", level=Level.SAME_VALUES)] == ["base"]
-    assert [item.base.name for item in registry.bases_for("team/a")] == ["base", "other"]
+    assert [item.base.name for item in registry.bases_for("team/a", level=Level.SAME_VALUES).items] == ["base"]
+    assert [item.base.name for item in registry.bases_for("team/a").items] == ["base", "other"]
     for allow in (Allow.SAME_VALUES, Allow.LINEAGE):
         with pytest.raises(WeakCompatibilityError, match="shape"):
             registry.compose(parse_recipe("other+team/a", allow=allow), tmp_path / "out")
@@ -104,7 +106,7 @@ def test_other_shapes_are_incompatible_whatever_is_allowed(registry: LocalRegist
     verdict = registry.check("team/a", "small")
     assert verdict.level is Level.INCOMPATIBLE
     assert "the adapter expects [6, 4], the base has [4, 4]" in verdict.reasons[0].message
-    assert [item.adapter.name for item in registry.compatible("small")] == []
+    assert [item.adapter.name for item in registry.compatible("small").items] == []
     with pytest.raises(TargetMismatchError) as caught:
         registry.compose(parse_recipe("small+team/a", allow=Allow.SHAPE), tmp_path / "out")
     assert caught.value.fields["keys"] == [f"{Q}.weight"]

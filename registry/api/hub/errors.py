@@ -14,11 +14,13 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 
 from composer.errors import TypedError, UsageError
 from registry.api.failures import log_failure, status_of
 from registry.errors import (
     AdapterNotFoundError,
+    AuthenticationError,
     BaseNotFoundError,
     EntryNotFoundError,
     RepositoryNotFoundError,
@@ -47,7 +49,7 @@ class HubRoute(APIRoute):
             try:
                 return await handle(request)
             except TypedError as error:
-                log_failure(request, error)
+                await run_in_threadpool(log_failure, request, error)
                 return hub_error(error)
             except RequestValidationError as error:
                 problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
@@ -63,6 +65,10 @@ def hub_error(error: TypedError) -> JSONResponse:
     for kinds, code in CODES:
         if isinstance(error, kinds):
             headers["X-Error-Code"] = code
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = 'Bearer realm="registry"'
+    if "retry_after" in error.fields:
+        headers["Retry-After"] = str(error.fields["retry_after"])
     if commit := error.fields.get("commit"):
         headers["X-Repo-Commit"] = commit
     return JSONResponse({"error": text}, status_of(error), headers=headers)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from composer.errors import CorruptFileError
-from registry.api.deps import Registered, Scope, require
+from registry.access import Scope
+from registry.api.deps import Registered, require
 from registry.api.hub.errors import HubRoute
 from registry.api.hub.requests import SHA256, RepositoryId, Sent
 from registry.api.rules import MAX_FILES
@@ -37,7 +38,7 @@ class Batch(Sent):
     objects: list[LargeObject] = Field(max_length=MAX_FILES)
 
 
-@router.post("/{repository:repository}.git/info/lfs/objects/batch", dependencies=[require(Scope.PUBLISH)])
+@router.post("/{repository:repository}.git/info/lfs/objects/batch", dependencies=[Depends(require(Scope.PUBLISH))])
 def batch(request: Request, repository: RepositoryId, body: Batch, registry: Registered) -> Response:
     """A signed URL an object; none for one that is here."""
     registry.repositories.snapshot(repository)

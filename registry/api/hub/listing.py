@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from composer.errors import UsageError
-from registry.api.deps import Registered, Scope, require
+from registry.access import Scope
+from registry.api.deps import Registered, require
 from registry.api.hub.errors import HubRoute
 from registry.api.hub.shapes import model, tags_of
 from registry.schemas import VersionInfo
 from registry.services import listing
 
-router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.READ)], include_in_schema=False)
+router = APIRouter(route_class=HubRoute, dependencies=[Depends(require(Scope.READ))], include_in_schema=False)
 
 PAGE = 500
 BY_NAME = ("trendingScore", "downloads", "likes")  # nothing here has any, so all are equal and the name decides

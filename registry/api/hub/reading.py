@@ -10,27 +10,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Request, Response
+from fastapi import APIRouter, Depends, Form, Request, Response
 
-from registry.api.deps import Caller, Registered, Scope, file_response, require
+from registry.access import Principal, Scope
+from registry.api.deps import Registered, file_response, require
 from registry.api.hub.errors import HubRoute
-from registry.api.hub.requests import MODEL, RepositoryId, Revision
+from registry.api.hub.requests import MODEL, RepositoryId, Revision, namespace_of
 from registry.api.hub.shapes import LARGE, describe, directory, entry, entry_oid, time
 from registry.errors import EntryNotFoundError
 from registry.services.repositories import Snapshot
 
-router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.READ)], include_in_schema=False)
+router = APIRouter(route_class=HubRoute, dependencies=[Depends(require(Scope.READ))], include_in_schema=False)
 
 
 @router.get("/api/whoami-v2")
-def whoami(caller: Annotated[Caller, require(Scope.READ)]) -> dict[str, Any]:
+def whoami(caller: Annotated[Principal, Depends(require(Scope.READ))]) -> dict[str, Any]:
     """The caller, as clients expect a user."""
-    token = {"displayName": caller.name, "role": "write" if Scope.PUBLISH in caller.scopes else "read"}
+    token = {"displayName": namespace_of(caller), "role": "write" if caller.may(Scope.PUBLISH) else "read"}
     return {
         "type": "user",
-        "id": caller.name,
-        "name": caller.name,
-        "fullname": caller.name,
+        "id": namespace_of(caller),
+        "name": namespace_of(caller),
+        "fullname": namespace_of(caller),
         "orgs": [],
         "auth": {"type": "access_token", "accessToken": token},
     }

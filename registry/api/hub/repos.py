@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from composer.errors import PolicyError
-from registry.api.deps import Caller, Registered, Scope, require
+from registry.access import Principal, Scope
+from registry.api.deps import Registered, require
 from registry.api.hub.errors import HubRoute, hub_error
-from registry.api.hub.requests import MODEL, RepositoryId, Revision, Sent
+from registry.api.hub.requests import MODEL, RepositoryId, Revision, Sent, namespace_of
 from registry.errors import RepositoryExistsError
 
-router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.PUBLISH)], include_in_schema=False)
+Publisher = Annotated[Principal, Depends(require(Scope.PUBLISH))]
+
+router = APIRouter(route_class=HubRoute, dependencies=[Depends(require(Scope.PUBLISH))], include_in_schema=False)
 
 
 class Repository(Sent):
@@ -32,9 +35,9 @@ class Repository(Sent):
     private: bool | None = None
     gated: bool | str | None = None
 
-    def named(self, caller: Caller) -> str:
+    def named(self, caller: Principal) -> str:
         """``namespace/name``."""
-        return self.name if "/" in self.name else f"{self.organization or caller.name}/{self.name}"
+        return self.name if "/" in self.name else f"{self.organization or namespace_of(caller)}/{self.name}"
 
     def check(self) -> None:
         """Raise PolicyError for what is asked for and not offered."""
@@ -73,7 +76,10 @@ class Tag(Sent):
 
 @router.post("/api/repos/create")
 def create(
-    request: Request, body: Repository, registry: Registered, caller: Annotated[Caller, require(Scope.PUBLISH)]
+    request: Request,
+    body: Repository,
+    registry: Registered,
+    caller: Publisher,
 ) -> Response:
     """An empty repository. One that is there is a conflict whose answer has its URL all the same."""
     body.check()
@@ -89,7 +95,7 @@ def create(
 
 
 @router.delete("/api/repos/delete")
-def delete(body: Repository, registry: Registered, caller: Annotated[Caller, require(Scope.PUBLISH)]) -> dict[str, Any]:
+def delete(body: Repository, registry: Registered, caller: Publisher) -> dict[str, Any]:
     """Remove a repository that nothing needs."""
     registry.repository_admin.delete(body.named(caller))
     return {}

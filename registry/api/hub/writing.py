@@ -15,14 +15,15 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import CorruptFileError, UsageError
 from composer.files import refuse_pickles
 from composer.sinks import storage_errors
-from registry.api.deps import Registered, Scope, require
+from registry.access import Scope
+from registry.api.deps import Registered, require
 from registry.api.hub.errors import HubRoute, header_text
 from registry.api.hub.requests import MODEL, SHA256, RepositoryId, Revision, Sent
 from registry.api.hub.shapes import LARGE, entry_oid
@@ -33,7 +34,7 @@ from registry.pushes import is_ignored
 from registry.services.pushing import Operation, Put, Remove
 from registry.store.local import LocalStore
 
-router = APIRouter(route_class=HubRoute, dependencies=[require(Scope.PUBLISH)], include_in_schema=False)
+router = APIRouter(route_class=HubRoute, dependencies=[Depends(require(Scope.PUBLISH))], include_in_schema=False)
 
 MAX_LINE = LARGE * 4 // 3 + (64 << 10)
 

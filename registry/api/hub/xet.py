@@ -15,7 +15,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 from starlette.concurrency import run_in_threadpool
 
-from registry.api.deps import Registered, Scope, require
+from registry.access import Scope
+from registry.api.deps import Registered, require
 from registry.api.hub.errors import HubRoute
 from registry.api.hub.requests import MODEL, RepositoryId, Revision
 from registry.api.uploads import feed_body
@@ -23,7 +24,7 @@ from registry.api.uploads import feed_body
 router = APIRouter(route_class=HubRoute, include_in_schema=False)
 
 
-@router.get(f"{MODEL}/xet-write-token/{{revision}}", dependencies=[require(Scope.PUBLISH)])
+@router.get(f"{MODEL}/xet-write-token/{{revision}}", dependencies=[Depends(require(Scope.PUBLISH))])
 def write_token(
     request: Request, response: Response, repository: RepositoryId, revision: Revision, registry: Registered
 ) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from composer.errors import NotFoundError
+from composer.errors import NotFoundError, UsageError
+from registry.access import Scope
 from registry.api.deps import (
     DEFAULT_LIMIT,
     AdapterName,
@@ -16,15 +17,19 @@ from registry.api.deps import (
     Registered,
     VersionQuery,
     file_response,
+    require,
     version_ref,
 )
 from registry.api.rules import refuse_path
-from registry.api.schemas import AliasRequest, form_body
+from registry.api.schemas import AliasRequest, DeprecationRequest, ReasonRequest, VisibilityRequest, form_body
 from registry.api.uploads import Upload, receive
 from registry.schemas import BaseFit, Level, Page, PublishResult, Verdict, VersionInfo
 
 router = APIRouter(tags=["adapters"])
 
+PUBLISH = [Depends(require(Scope.PUBLISH))]
+ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
+WEIGHTS = (".safetensors", ".npz")
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -32,12 +37,13 @@ UPLOAD = form_body(
     version="a semantic version; default: the next one",
     base="a registered base, or the fingerprint (wf1:…) of one that need not be registered",
     license="an SPDX expression",
+    private="true: a new adapter is seen by members of its namespace only",
     tags="[]words to search for",
     description="one paragraph",
 )
 
 
-@router.post("/adapters", summary="Publish an adapter", status_code=201, openapi_extra=UPLOAD)
+@router.post("/adapters", summary="Publish an adapter", status_code=201, openapi_extra=UPLOAD, dependencies=PUBLISH)
 async def publish(request: Request, response: Response, registry: Registered) -> PublishResult:
     """Publish one version. 200 when these very bytes are that version already."""
     upload = await receive(request)
@@ -49,7 +55,7 @@ async def publish(request: Request, response: Response, registry: Registered) ->
 
 def _publish(upload: Upload, registry: Registered) -> PublishResult:
     with upload:
-        upload.only("name", "version", "base", "license", "tags", "description")
+        upload.only("name", "version", "base", "license", "tags", "description", "private")
         base = upload.text("base")
         return registry.publish(
             upload.folder,
@@ -59,8 +65,15 @@ def _publish(upload: Upload, registry: Registered) -> PublishResult:
             license=upload.text("license"),
             tags=tuple(tag for tag in upload.fields.get("tags", ()) if tag),
             description=upload.text("description"),
+            private=_flag(upload.text("private")),
             read_paths=False,
         )
+
+
+def _flag(text: str | None) -> bool | None:
+    if text not in (None, "true", "false"):
+        raise UsageError(f"private is {text!r}", expected="true or false", found=text)
+    return None if text is None else text == "true"
 
 
 @router.get("/adapters", summary="List adapters")
@@ -81,12 +94,24 @@ def list_adapters(
 @router.get("/search", summary="Search adapters")
 def search(
     registry: Registered,
-    q: Annotated[str, Query(min_length=1, description="words that must all be there")],
+    q: Annotated[str, Query(max_length=1000, description="beginnings of words that must all be there")] = "",
+    namespace: str | None = None,
+    kind: Annotated[str | None, Query(description="such as lora")] = None,
+    rank: Annotated[int | None, Query(ge=1, le=1 << 16)] = None,
+    task: Annotated[str | None, Query(description="such as CAUSAL_LM")] = None,
+    license: Annotated[str | None, Query(description="an SPDX expression")] = None,
+    base: Annotated[str | None, Query(description="a registered base")] = None,
+    tag: str | None = None,
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> Page[VersionInfo]:
-    """Adapters whose name, description, tags, base or target modules hold every word."""
-    return registry.search(q, limit=limit, cursor=cursor)
+    """Latest versions with these properties, newest first."""
+    if base is not None:
+        refuse_path(base, "the base")
+    return registry.search(
+        q, namespace=namespace, kind=kind, rank=rank, task=task, license=license, base=base, tag=tag,
+        limit=limit, cursor=cursor,
+    )  # fmt: skip
 
 
 @router.get("/check", summary="Check one adapter against one base", tags=["compatibility"])
@@ -106,21 +131,72 @@ def get_version(adapter: AdapterName, registry: Registered, version: VersionQuer
 
 
 @router.get(f"{ADAPTER}/versions", summary="List versions")
-def list_versions(adapter: AdapterName, registry: Registered) -> Page[VersionInfo]:
-    """All versions of an adapter, newest first."""
-    return Page[VersionInfo](items=registry.list_versions(adapter))
+def list_versions(
+    adapter: AdapterName, registry: Registered, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+) -> Page[VersionInfo]:
+    """All versions of an adapter, the highest first."""
+    return registry.list_versions(adapter, limit=limit, cursor=cursor)
 
 
-@router.put(f"{ADAPTER}/aliases/{{alias}}", summary="Point an alias at a version")
+@router.put(f"{ADAPTER}/aliases/{{alias}}", summary="Point an alias at a version", dependencies=PUBLISH)
 def set_alias(adapter: AdapterName, alias: str, body: AliasRequest, registry: Registered) -> VersionInfo:
     """Create the alias or move it."""
     return registry.set_alias(version_ref(adapter, body.version), alias)
 
 
-@router.delete(f"{ADAPTER}/aliases/{{alias}}", summary="Remove an alias", status_code=204)
+@router.delete(f"{ADAPTER}/aliases/{{alias}}", summary="Remove an alias", status_code=204, dependencies=PUBLISH)
 def delete_alias(adapter: AdapterName, alias: str, registry: Registered) -> None:
     """Remove the alias; the version stays."""
     registry.delete_alias(adapter, alias)
+
+
+@router.put(f"{ADAPTER}/visibility", summary="Hide or show an adapter", dependencies=PUBLISH)
+def set_private(adapter: AdapterName, body: VisibilityRequest, registry: Registered) -> VersionInfo:
+    """Private: only members of the namespace see it; to everybody else it does not exist."""
+    return registry.set_private(adapter, body.private)
+
+
+@router.put(f"{ADAPTER}/versions/{{version}}/yank", summary="Yank a version", dependencies=PUBLISH)
+def yank(adapter: AdapterName, version: str, body: ReasonRequest, registry: Registered) -> VersionInfo:
+    """Withdraw it: refused by name, still there by digest."""
+    return registry.yank(version_ref(adapter, version), body.reason)
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}/yank", summary="Publish a yanked version again", dependencies=PUBLISH)
+def unyank(adapter: AdapterName, version: str, registry: Registered) -> VersionInfo:
+    """Take the yank back."""
+    return registry.yank(version_ref(adapter, version), None)
+
+
+@router.put(f"{ADAPTER}/versions/{{version}}/deprecation", summary="Deprecate a version", dependencies=PUBLISH)
+def deprecate(adapter: AdapterName, version: str, body: DeprecationRequest, registry: Registered) -> VersionInfo:
+    """Warn all who use it, and name its successor."""
+    successor = None if body.successor is None else refuse_path(body.successor, "the successor")
+    return registry.deprecate(version_ref(adapter, version), body.reason, successor=successor)
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}/deprecation", summary="Take a deprecation back", dependencies=PUBLISH)
+def undeprecate(adapter: AdapterName, version: str, registry: Registered) -> VersionInfo:
+    """Warn no longer."""
+    return registry.deprecate(version_ref(adapter, version), None)
+
+
+@router.put(f"{ADAPTER}/versions/{{version}}/quarantine", summary="Quarantine bytes", dependencies=ADMIN)
+def quarantine(adapter: AdapterName, version: str, body: ReasonRequest, registry: Registered) -> Page[VersionInfo]:
+    """Block the bytes of a version, whatever names them; the answer is all that is blocked."""
+    return Page[VersionInfo](items=registry.quarantine(version_ref(adapter, version), body.reason))
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}/quarantine", summary="Lift a quarantine", dependencies=ADMIN)
+def lift(adapter: AdapterName, version: str, registry: Registered) -> Page[VersionInfo]:
+    """Publish the bytes again."""
+    return Page[VersionInfo](items=registry.quarantine(version_ref(adapter, version), None))
+
+
+@router.delete(f"{ADAPTER}/versions/{{version}}", summary="Delete a version", status_code=204, dependencies=PUBLISH)
+def delete_version(adapter: AdapterName, version: str, registry: Registered) -> None:
+    """Remove a version that nothing depends on; 409 lists what does."""
+    registry.delete_version(version_ref(adapter, version))
 
 
 @router.get(f"{ADAPTER}/bases", summary="List the bases that an adapter fits", tags=["compatibility"])
@@ -129,16 +205,17 @@ def bases_for(
     registry: Registered,
     version: VersionQuery = None,
     level: Annotated[Level, Query(description="the weakest level that counts")] = Level.SHAPE,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
 ) -> Page[BaseFit]:
-    """Registered bases that fit at `level` or better, best first."""
-    return Page[BaseFit](items=registry.bases_for(version_ref(adapter, version), level=level))
+    """Registered bases that fit at `level` or better, best first, then by name."""
+    return registry.bases_for(version_ref(adapter, version), level=level, limit=limit, cursor=cursor)
 
 
 @router.get(f"{ADAPTER}/inspect", summary="Inspect a version")
 def inspect(adapter: AdapterName, registry: Registered, version: VersionQuery = None) -> dict[str, Any]:
     """What a version holds, tensor by tensor."""
-    info = registry.get_version(version_ref(adapter, version))
-    return registry.inspect(f"{info.name}@{info.digest}")
+    return registry.inspect(version_ref(adapter, version))
 
 
 @router.get(f"{ADAPTER}/files/{{filename:path}}", summary="Download a file of a version", response_class=Response)
@@ -146,7 +223,7 @@ def download(
     request: Request, adapter: AdapterName, filename: str, registry: Registered, version: VersionQuery = None
 ) -> Response:
     """One file; its ETag is the sha256 of its bytes."""
-    info = registry.get_version(version_ref(adapter, version))
+    info = registry.usable_version(version_ref(adapter, version))
     entry = next((file for file in info.files if file.name == filename), None)
     if entry is None:
         raise NotFoundError(
@@ -155,4 +232,6 @@ def download(
             found=filename,
         )
     path = registry.version_files(f"{info.name}@{info.digest}")[filename]
+    if filename.endswith(WEIGHTS) and "range" not in request.headers:
+        registry.count_download(info)
     return file_response(request, path, filename, entry.sha256)

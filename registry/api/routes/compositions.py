@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Response
 
 from composer.recipe import Recipe
-from registry.api.deps import Jobs, Registered
+from registry.access import Scope
+from registry.api.deps import Jobs, Registered, require
 from registry.api.schemas import RecipeRequest, to_recipe
 from registry.schemas import JobInfo, PlanInfo
 
@@ -18,9 +21,14 @@ def plan(body: RecipeRequest | Recipe, registry: Registered) -> PlanInfo:
     return registry.plan(to_recipe(body))
 
 
-@router.post("/compositions", summary="Compose", status_code=202)
-def compose(body: RecipeRequest | Recipe, response: Response, jobs: Jobs) -> JobInfo:
-    """Start a job that composes the recipe; Location names it."""
-    job = jobs.submit(to_recipe(body))
+@router.post("/compositions", summary="Compose", status_code=202, dependencies=[Depends(require(Scope.COMPOSE))])
+def compose(
+    body: RecipeRequest | Recipe,
+    response: Response,
+    jobs: Jobs,
+    accept_licences: Annotated[bool, Query(description="go on even where licences conflict")] = False,
+) -> JobInfo:
+    """Queue a job that composes the recipe; Location names it. The very same recipe again is the same job."""
+    job = jobs.submit(to_recipe(body), accept_licences=accept_licences)
     response.headers["Location"] = f"/api/v1/jobs/{job.id}"
     return job

@@ -1,25 +1,42 @@
-"""Jobs: how far a compose is, and its files once it is done."""
+"""Jobs: how far they are (asked for or sent), cancel, retry, and the files of a composition that is done."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from composer.errors import NotFoundError
 from composer.files import sha256_file
 from composer.sinks import storage_errors
-from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response
-from registry.schemas import FileInfo, JobInfo, Page
+from registry.access import Scope
+from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
+from registry.schemas import CompositionInfo, FileInfo, JobInfo, JobState, Page
 
 router = APIRouter(tags=["jobs"])
 
+COMPOSE = [Depends(require(Scope.COMPOSE))]
+LOOK_S = 0.25
+KEEP_ALIVE_S = 15.0
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events `job`, then `end`"}
+}
+
 
 @router.get("/jobs", summary="List jobs")
-def list_jobs(jobs: Jobs, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> Page[JobInfo]:
+def list_jobs(
+    jobs: Jobs,
+    state: Annotated[JobState | None, Query(description="only those in this state")] = None,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+) -> Page[JobInfo]:
     """Jobs, newest first."""
-    return jobs.list(limit, cursor)
+    return jobs.list(limit, cursor, state)
 
 
 @router.get("/jobs/{job_id}", summary="Show a job")
@@ -28,15 +45,49 @@ def get_job(job_id: str, jobs: Jobs) -> JobInfo:
     return jobs.get(job_id)
 
 
-@router.delete("/jobs/{job_id}", summary="Cancel a job")
+@router.get("/jobs/{job_id}/events", summary="Follow a job", response_class=StreamingResponse, responses=EVENTS)
+def follow(job_id: str, request: Request, jobs: Jobs) -> StreamingResponse:
+    """Server-sent events: `job` with the job as JSON whenever it changed, `end` with it once it is over."""
+    return StreamingResponse(
+        _events(request, jobs, jobs.get(job_id)),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(request: Request, jobs: Jobs, job: JobInfo) -> AsyncIterator[str]:
+    sent, quiet = "", 0.0
+    while True:
+        over = job.state not in (JobState.QUEUED, JobState.RUNNING)
+        text = job.model_dump_json()
+        if over or text != sent:
+            yield f"event: {'end' if over else 'job'}\ndata: {text}\n\n"
+            sent, quiet = text, 0.0
+        elif quiet >= KEEP_ALIVE_S:
+            yield ": still there\n\n"
+            quiet = 0.0
+        if over or request.app.state.closing.is_set() or await request.is_disconnected():
+            return
+        await asyncio.sleep(LOOK_S)
+        quiet += LOOK_S
+        job = await run_in_threadpool(jobs.get, job.id)
+
+
+@router.delete("/jobs/{job_id}", summary="Cancel a job", dependencies=COMPOSE)
 def cancel(job_id: str, jobs: Jobs) -> JobInfo:
     """Stop a job that is queued or running; the answer is the job as it is then."""
     return jobs.cancel(job_id)
 
 
+@router.post("/jobs/{job_id}/retry", summary="Retry a job", dependencies=COMPOSE)
+def retry(job_id: str, jobs: Jobs) -> JobInfo:
+    """Queue a failed or cancelled job again."""
+    return jobs.retry(job_id)
+
+
 @router.get("/jobs/{job_id}/files", summary="List a job's files")
 def list_files(job_id: str, jobs: Jobs) -> Page[FileInfo]:
-    """The files of a job that succeeded."""
+    """The files of a composition that succeeded."""
     recorded = _recorded(jobs.get(job_id))
     files = sorted(jobs.files(job_id).items())
     with storage_errors("listing the files of a composition"):
@@ -55,7 +106,7 @@ def download(request: Request, job_id: str, filename: str, jobs: Jobs) -> Respon
 
 
 def _recorded(job: JobInfo) -> dict[str, Any]:
-    return job.result.record.get("outputs", {}) if job.result else {}
+    return job.result.record.get("outputs", {}) if isinstance(job.result, CompositionInfo) else {}
 
 
 def _describe(name: str, path: Path, recorded: dict[str, Any]) -> FileInfo:

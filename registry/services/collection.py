@@ -1,0 +1,155 @@
+"""`registry gc`: removes what nothing names any more, once it is old enough that nothing can be about to name it.
+
+    stored files that no version names      after the grace period
+    half-written files, uploads             after the grace period
+    jobs that ended, and their outputs      after `keep_jobs`
+    records of compositions                 only where `keep_records` is given: they guard what they were made of
+
+Publishing stores a file first and names it in a row second, and touches a file that is there already. So a file that
+was touched within the grace period is left alone; and since a touch may come between the look and the removal, a file
+is moved aside first, looked at again, and moved back if it was touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from sqlalchemy import Engine, delete, exists, func, select
+
+from composer.errors import UsageError
+from composer.sinks import storage_errors
+from registry.access import Scope
+from registry.db import session_scope
+from registry.models import BaseModelRow, CommitFileRow, CompositionRow, JobRow, VersionFileRow, now
+from registry.schemas import Collected, JobState
+from registry.services.audit import acting, record
+from registry.store.layout import Layout
+
+__all__ = ["Collection"]
+
+ACTIVE = (JobState.QUEUED.value, JobState.RUNNING.value)
+
+
+class Collection:
+    """Looks for what may go, and removes it."""
+
+    def __init__(self, engine: Engine, layout: Layout) -> None:
+        self._engine = engine
+        self._layout = layout
+
+    def collect(
+        self, grace: timedelta, keep_jobs: timedelta, keep_records: timedelta | None, dry_run: bool
+    ) -> Collected:
+        """Remove, or with `dry_run` only count. For an admin."""
+        if min(grace, keep_jobs, keep_records or grace) < timedelta(0):
+            raise UsageError("a time to keep cannot be negative", expected="0 days or more")
+        with session_scope(self._engine) as session:
+            acting(session).require_everywhere(Scope.ADMIN)
+        jobs, records = self._rows(keep_jobs, keep_records, dry_run)
+        before = time.time() - grace.total_seconds()
+        with storage_errors("collecting what nothing names"):
+            counts = {
+                "blobs": self._blobs(before, dry_run),
+                "uploads": self._folders(self._unused_uploads(before), dry_run),
+                "compositions": self._folders(self._unused_compositions(before, jobs), dry_run),
+            }
+            half = self._folders(_older(self._layout.incoming, before), dry_run)
+        result = Collected(
+            dry_run=dry_run,
+            blobs=counts["blobs"][0],
+            uploads=counts["uploads"][0],
+            compositions=counts["compositions"][0] + half[0],
+            jobs=len(jobs),
+            records=records,
+            nbytes=sum(size for _, size in counts.values()) + half[1],
+        )
+        if not dry_run:
+            with session_scope(self._engine, writes=True) as session:
+                record(session, "gc", str(self._layout.home), **result.model_dump(exclude={"dry_run"}))
+        return result
+
+    def _rows(self, keep_jobs: timedelta, keep_records: timedelta | None, dry_run: bool) -> tuple[list[str], int]:
+        over = (JobRow.state.not_in(ACTIVE), JobRow.finished_at < now() - keep_jobs)
+        with session_scope(self._engine, writes=not dry_run) as session:
+            jobs = list(session.scalars(select(JobRow.id).where(*over)))
+            old = CompositionRow.created_at < now() - (keep_records or timedelta(0))
+            counted = select(func.count()).select_from(CompositionRow).where(old)
+            records = session.scalar(counted) or 0 if keep_records is not None else 0
+            if not dry_run:
+                session.execute(delete(JobRow).where(*over))
+                if records:
+                    session.execute(delete(CompositionRow).where(old))
+        return jobs, records
+
+    def _blobs(self, before: float, dry_run: bool) -> tuple[int, int]:
+        count = nbytes = 0
+        for path in self._layout.blobs.glob("??/*"):
+            stat = path.stat()
+            if stat.st_mtime >= before or self._named(path.name):
+                continue
+            if not dry_run and not self._remove_blob(path, before):
+                continue
+            count, nbytes = count + 1, nbytes + stat.st_size
+        return count, nbytes
+
+    def _remove_blob(self, path: Path, before: float) -> bool:
+        self._layout.incoming.mkdir(parents=True, exist_ok=True)
+        aside = self._layout.incoming / f"collected-{path.name}"
+        os.rename(path, aside)
+        if aside.stat().st_mtime >= before or self._named(path.name):
+            os.rename(aside, path)
+            return False
+        aside.unlink()
+        return True
+
+    def _named(self, sha256: str) -> bool:
+        with session_scope(self._engine) as session:
+            return bool(
+                session.scalar(
+                    select(
+                        exists().where(VersionFileRow.sha256 == sha256) | exists().where(CommitFileRow.sha256 == sha256)
+                    )
+                )
+            )
+
+    def _unused_uploads(self, before: float) -> Iterator[Path]:
+        with session_scope(self._engine) as session:
+            used = [Path(location) for location in session.scalars(select(BaseModelRow.location))]
+            requests = session.scalars(select(JobRow.request).where(JobRow.kind == "base", JobRow.state.in_(ACTIVE)))
+            used += [Path(request["folder"]) for request in requests]
+        kept = {
+            path.relative_to(self._layout.uploads).parts[0] for path in used if self._layout.uploads in path.parents
+        }
+        return (path for path in _older(self._layout.uploads, before) if path.name not in kept)
+
+    def _unused_compositions(self, before: float, gone: list[str]) -> Iterator[Path]:
+        """Outputs of jobs that are gone, and half-written folders that no running job writes."""
+        with session_scope(self._engine) as session:
+            known = set(session.scalars(select(JobRow.id))) - set(gone)
+        for path in self._layout.compositions.glob("*"):
+            if path.name in gone or (
+                path.name.lstrip(".").partition(".")[0] not in known and path.stat().st_mtime < before
+            ):
+                yield path
+
+    @staticmethod
+    def _folders(paths: Iterator[Path], dry_run: bool) -> tuple[int, int]:
+        count = nbytes = 0
+        for path in paths:
+            count += 1
+            files = (item for item in path.rglob("*") if item.is_file()) if path.is_dir() else (path,)
+            nbytes += sum(item.stat().st_size for item in files)
+            if not dry_run and path.is_dir():
+                shutil.rmtree(path)
+            elif not dry_run:
+                path.unlink()
+        return count, nbytes
+
+
+def _older(folder: Path, before: float) -> Iterator[Path]:
+    return (path for path in folder.glob("*") if path.stat().st_mtime < before)

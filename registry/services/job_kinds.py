@@ -1,0 +1,74 @@
+"""What a job can be: one function a kind, from a stored request to a schema.
+
+compose   a recipe, its versions pinned when it was submitted      -> CompositionInfo, files in compositions/<job>
+base      a checkpoint folder, fingerprinted and registered        -> BaseInfo
+verify    a registered base, fingerprinted again                   -> BaseCheck
+
+A kind may run more than once (its worker was killed), so it must be idempotent. It is given a progress function that
+raises when the job is to stop, and must call it now and then.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.recipe import Recipe
+from registry.interface import Progress
+from registry.schemas import BaseCheck, BaseInfo, CompositionInfo, Relation, Schema
+
+if TYPE_CHECKING:
+    from registry.services.local import LocalRegistry
+
+__all__ = ["KINDS", "Run", "job_kind"]
+
+Run = Callable[["LocalRegistry", str, dict[str, Any], Progress], Schema]
+KINDS: dict[str, Run] = {}
+
+
+def job_kind(name: str) -> Callable[[Run], Run]:
+    """Register the function that runs jobs of this kind: (registry, job id, request, progress) to its result."""
+
+    def register(run: Run) -> Run:
+        if name in KINDS:
+            raise ValueError(f"two kinds of job are named {name!r}")
+        KINDS[name] = run
+        return run
+
+    return register
+
+
+@job_kind("compose")
+def compose(registry: LocalRegistry, job_id: str, request: dict[str, Any], progress: Progress) -> CompositionInfo:
+    """Compose into the job's folder; half-written folders of an earlier attempt are removed."""
+    folder = registry.layout.compositions / job_id
+    for leftover in registry.layout.compositions.glob(f".{job_id}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pins = request["pins"]
+    result = registry.compose(
+        Recipe.model_validate(request["recipe"]), folder, replace=True, progress=progress,
+        **({"pins": tuple(pins)} if pins else {}), accept_licences=request.get("accept_licences", False),
+    )  # fmt: skip
+    return result.model_copy(update={"out": ""})
+
+
+@job_kind("base")
+def add_base(registry: LocalRegistry, _: str, request: dict[str, Any], progress: Progress) -> BaseInfo:
+    """Register a checkpoint where it lies; an upload that turns out to be registered already is removed."""
+    folder = Path(request["folder"])
+    relation = request["relation"]
+    base = registry.add_base(
+        folder, name=request["name"], parent=request["parent"], relation=relation and Relation(relation),
+        license=request.get("license"), progress=progress,
+    )  # fmt: skip
+    if registry.layout.uploads in folder.parents and Path(base.location) != folder.resolve():
+        shutil.rmtree(registry.layout.uploads / folder.relative_to(registry.layout.uploads).parts[0])
+    return base
+
+
+@job_kind("verify")
+def verify_base(registry: LocalRegistry, _: str, request: dict[str, Any], progress: Progress) -> BaseCheck:
+    """Hash every tensor of a registered base again."""
+    return registry.verify_base(request["base"], progress=progress)
