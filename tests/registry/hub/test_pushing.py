@@ -106,7 +106,7 @@ def test_push_to_hub_of_transformers_peft_and_trainer(hub: Hub, tmp_path: Path) 
         assert f"base_model_fingerprint: {base.fingerprint}" in card
         assert "snapshots" not in card
         assert not list(pulled.rglob("*.bin"))
-    assert len(registry.list_versions("lab/trained")) >= 2
+    assert len(registry.list_versions("lab/trained").items) >= 2
     merged = [item.name for item in registry.list_bases().items if item.name.startswith("lab/merged")]
     assert len(merged) == 2
     registry.compose(parse_recipe("lab/model+lab/named"), tmp_path / "composed")
