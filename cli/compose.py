@@ -109,12 +109,12 @@ def default_out(recipe: Recipe) -> Path:
     """A folder in the current one that is named after the recipe: ``smollm2+shout``, ``smollm2+shout-onnx``."""
     from composer.recipe import is_path
 
-    def word(ref: str, *, base: bool) -> str:
-        if is_path(ref, base=base):
+    def word(ref: str) -> str:
+        if is_path(ref):
             return Path(ref).expanduser().resolve().name or "root"
         return ref.rsplit("/", maxsplit=1)[-1].replace(":", "-")[:40]
 
-    name = "+".join([word(recipe.base, base=True), *(word(term.ref, base=False) for term in recipe.adapters)])
+    name = "+".join([word(recipe.base), *(word(term.ref) for term in recipe.adapters)])
     if len(name) > MAX_OUT:
         name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"

@@ -35,6 +35,7 @@ INTERRUPTED = 130
 COMMANDS = {
     "base": "base",
     "publish": "adapters",
+    "import": "importing",
     "list": "adapters",
     "show": "adapters",
     "versions": "adapters",

@@ -14,7 +14,7 @@ from typing import Any
 
 from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError
 
-__all__ = ["FileSet", "copy_names", "folder_files", "read_json", "refuse_pickles", "sha256_file"]
+__all__ = ["FileSet", "copy_names", "folder_files", "git_oid", "read_json", "refuse_pickles", "sha256_file"]
 
 FileSet = Mapping[str, Path]
 
@@ -99,3 +99,8 @@ def sha256_file(path: Path) -> str:
     """The sha256 of a file, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_oid(data: bytes) -> str:
+    """The id that git gives a file of these bytes, as 40 hex digits."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

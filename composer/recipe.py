@@ -165,13 +165,12 @@ class Recipe(_Model):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_path(ref: str, *, base: bool = False) -> bool:
-    """Whether a reference is a folder rather than a catalogue name.
+def is_path(ref: str) -> bool:
+    """Whether a reference is a folder rather than a catalogue name, of a base or of an adapter.
 
-    It is when it begins with ``.``, ``/`` or ``~``, or has more slashes than a name has: one for an adapter, none for
-    a base.
+    It is when it begins with ``.``, ``/`` or ``~``, or has more slashes than the one of ``namespace/name``.
     """
-    return ref.startswith((".", "/", "~")) or ref.count("/") > (0 if base else 1)
+    return ref.startswith((".", "/", "~")) or ref.count("/") > 1
 
 
 def parse_recipe(text: str, **settings: Any) -> Recipe:
@@ -182,7 +181,7 @@ def parse_recipe(text: str, **settings: Any) -> Recipe:
     base, *terms = text.split("+")
     if not base.strip() or base != base.strip():
         raise _bad(text, "a base model first", base)
-    if not is_path(base, base=True) and ("@" in base or ":" in base.removeprefix("wf1:")):
+    if not is_path(base) and ("@" in base or ":" in base.removeprefix("wf1:")):
         raise _bad(text, "a base without version or weight", base)
     return Recipe(base=base, adapters=tuple(_term(text, term) for term in terms), **settings)
 

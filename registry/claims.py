@@ -21,7 +21,7 @@ from registry.compat import BaseClaim
 from registry.fingerprint import Fingerprint, fingerprint_checkpoint
 from registry.interface import Progress
 
-__all__ = ["Card", "claim_from_folder", "read_card"]
+__all__ = ["Card", "claim_from_folder", "read_card", "split_card"]
 
 FINGERPRINT = re.compile(r"wf1:[0-9a-f]{64}")
 MAX_CARD_BYTES = 1 << 20
@@ -43,26 +43,30 @@ def read_card(path: Path | None) -> Card:
     """The card at `path`, empty where there is none. Raises CorruptFileError for YAML that does not parse."""
     if path is None or not path.is_file():
         return Card()
-    text = path.read_bytes()[:MAX_CARD_BYTES].decode("utf-8", "replace")
-    match = re.match(r"---\s*\n(.*?)\n---\s*\n?(.*)", text, re.DOTALL)
-    try:
-        fields = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError as error:
-        raise CorruptFileError(
-            f"the front matter of {path.name} is not YAML",
-            expected="YAML between two lines ---",
-            found=str(error),
-            remedy="correct README.md",
-        ) from None
-    fields = fields if isinstance(fields, dict) else {}
+    fields, body = split_card(path.read_bytes()[:MAX_CARD_BYTES].decode("utf-8", "replace"), path.name)
     fingerprint = fields.get("base_model_fingerprint")
     return Card(
         fingerprint=fingerprint if isinstance(fingerprint, str) and FINGERPRINT.fullmatch(fingerprint) else None,
         base_model=_text(fields.get("base_model")),
         license=_text(fields.get("license")),
         tags=tuple(tag for tag in fields.get("tags") or () if isinstance(tag, str)),
-        description=_first_paragraph(match[2] if match else text),
+        description=_first_paragraph(body),
     )
+
+
+def split_card(text: str, name: str = "README.md") -> tuple[dict[str, Any], str]:
+    """(front matter, what follows it); without front matter ({}, text). Raises CorruptFileError for bad YAML."""
+    match = re.match(r"---\s*\n(.*?)\n---\s*\n?(.*)", text, re.DOTALL)
+    try:
+        fields = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError as error:
+        raise CorruptFileError(
+            f"the front matter of {name} is not YAML",
+            expected="YAML between two lines ---",
+            found=str(error),
+            remedy="correct README.md",
+        ) from None
+    return fields if isinstance(fields, dict) else {}, match[2] if match else text
 
 
 def _text(value: Any) -> str | None:

@@ -23,7 +23,7 @@ from composer.sinks import FolderSink
 from registry import __version__
 from registry.access import Role, Scope
 from registry.api.rules import refuse_path, refuse_paths
-from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_MAX_BYTES, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
 from registry.lifecycle import require_usable
 from registry.names import adapter_name
 from registry.schemas import (
@@ -37,6 +37,7 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    ImportInfo,
     JobInfo,
     JobState,
     Level,
@@ -192,7 +193,7 @@ class RemoteRegistry:
         from registry.services.publishing import publishable_files
 
         adapter = open_adapter(folder.expanduser())
-        if base is not None and is_path(base, base=True):
+        if base is not None and is_path(base):
             base = fingerprint_folder(Path(base).expanduser(), progress).identity
         elif base is None:
             # The service cannot see the trainer's folder; this machine may.
@@ -202,6 +203,25 @@ class RemoteRegistry:
                   "tags": tags, "description": description,
                   "private": None if private is None else str(private).lower()}  # fmt: skip
         return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
+
+    def import_model(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportInfo:
+        """Not over REST: what a service reaches in its network is not for a client to say."""
+        raise UsageError(
+            "an import runs where the registry lies",
+            expected="a registry on this machine",
+            found=self.url,
+            remedy=f"leave --url out, or push: hf download {ref.removeprefix('hf://')}, then 'registry publish'",
+        )
 
     def list_adapters(
         self,
@@ -288,7 +308,7 @@ class RemoteRegistry:
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair."""
         refuse_path(adapter, "the adapter")
-        refuse_path(base, "the base", base=True)
+        refuse_path(base, "the base")
         return self._get("/check", Verdict, adapter=adapter, base=base)
 
     def plan(self, recipe: Recipe) -> PlanInfo:
@@ -456,7 +476,7 @@ class RemoteRegistry:
             from registry.services.inspection import inspect_folder
 
             return inspect_folder(Path(ref).expanduser())
-        if "/" not in ref and "@" not in ref:
+        if "@" not in ref:
             with suppress(NotFoundError):
                 return self._json(self._send("GET", f"{_base(ref)}/inspect"))
         path, version = _adapter(ref)
@@ -570,7 +590,7 @@ def _segment(text: str) -> str:
 
 
 def _base(ref: str) -> str:
-    return f"/bases/{_segment(refuse_path(ref, 'the base', base=True))}"
+    return f"/bases/{_segment(refuse_path(ref, 'the base'))}"
 
 
 def _adapter(ref: str) -> tuple[str, str | None]:

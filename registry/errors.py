@@ -4,11 +4,19 @@ NotFoundError
 ├── BaseNotFoundError          no base of that name or fingerprint
 ├── AdapterNotFoundError       no adapter of that name
 ├── VersionNotFoundError       the adapter has no such version, alias or digest
+├── RepositoryNotFoundError    no repository of that name
+├── RevisionNotFoundError      the repository has no such branch, tag or commit
+├── EntryNotFoundError         the revision has no such file
 └── JobNotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
-├── NameTakenError             another base holds that name
+├── NameTakenError             another base or an adapter holds that name
+├── RepositoryExistsError      a repository has that name
+├── RefExistsError             the repository has that branch or tag
+├── StaleParentError           somebody else has committed since
 └── DependentsError            something that is in use is to be removed
+TypedError
+└── HubUnreachableError        the hub of an import does not answer as one
 PolicyError
 ├── AuthenticationError        no token, or one that is not valid
 ├── ForbiddenError             a token that is not good for this
@@ -25,7 +33,7 @@ IntegrityError
 
 from __future__ import annotations
 
-from composer.errors import ConflictError, IntegrityError, NotFoundError, PolicyError
+from composer.errors import ConflictError, IntegrityError, NotFoundError, PolicyError, TypedError
 
 __all__ = [
     "AdapterNotFoundError",
@@ -35,13 +43,20 @@ __all__ = [
     "BlobCorruptError",
     "DependentsError",
     "DiskLimitError",
+    "EntryNotFoundError",
     "ForbiddenError",
+    "HubUnreachableError",
     "JobNotFoundError",
     "LicenceConflictError",
     "NameTakenError",
     "QuarantinedError",
     "QueueFullError",
     "RateLimitError",
+    "RefExistsError",
+    "RepositoryExistsError",
+    "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+    "StaleParentError",
     "VersionNotFoundError",
     "VersionTakenError",
     "YankedError",
@@ -79,7 +94,7 @@ class VersionTakenError(ConflictError):
 
 
 class NameTakenError(ConflictError):
-    """Another base holds that name."""
+    """Another base or an adapter holds that name."""
 
     code = "name-taken"
 
@@ -148,3 +163,45 @@ class BlobCorruptError(IntegrityError):
     """A stored file no longer has its digest."""
 
     code = "blob-corrupt"
+
+
+class RepositoryNotFoundError(NotFoundError):
+    """No repository of that name."""
+
+    code = "repository-not-found"
+
+
+class RevisionNotFoundError(NotFoundError):
+    """The repository has no such branch, tag or commit."""
+
+    code = "revision-not-found"
+
+
+class EntryNotFoundError(NotFoundError):
+    """The revision has no such file."""
+
+    code = "entry-not-found"
+
+
+class RepositoryExistsError(ConflictError):
+    """A repository has that name."""
+
+    code = "repository-exists"
+
+
+class RefExistsError(ConflictError):
+    """The repository has that branch or tag."""
+
+    code = "ref-exists"
+
+
+class StaleParentError(ConflictError):
+    """Somebody else has committed since."""
+
+    code = "stale-parent"
+
+
+class HubUnreachableError(TypedError):
+    """The hub of an import does not answer as one."""
+
+    code = "hub-unreachable"

@@ -22,6 +22,7 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    ImportInfo,
     JobInfo,
     JobState,
     Level,
@@ -37,10 +38,11 @@ from registry.schemas import (
     VersionInfo,
 )
 
-__all__ = ["DEFAULT_DAYS", "DEFAULT_PAGE", "GRACE_DAYS", "KEEP_JOBS_DAYS", "Progress", "Registry"]
+__all__ = ["DEFAULT_DAYS", "DEFAULT_MAX_BYTES", "DEFAULT_PAGE", "GRACE_DAYS", "KEEP_JOBS_DAYS", "Progress", "Registry"]
 
 DEFAULT_PAGE = 100
 DEFAULT_DAYS = 90
+DEFAULT_MAX_BYTES = 64 << 30
 GRACE_DAYS = 7.0
 KEEP_JOBS_DAYS = 30.0
 Progress = Callable[[str, int, int], None]
@@ -122,6 +124,23 @@ class Registry(Protocol):
         """Publish an adapter folder. `base`: a registered name, a fingerprint, or (locally) a checkpoint folder.
 
         private: whether a new adapter is seen by the members of its namespace only.
+        """
+        ...
+
+    def import_model(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportInfo:
+        """Fetch ``hf://org/name[@revision]`` from a hub and publish the adapter or register the base that it is.
+
+        `allow_private`: the hub may be at a private address. `max_bytes`: of all files.
         """
         ...
 

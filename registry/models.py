@@ -3,6 +3,8 @@
     base_models ── base_files, base_tensors (leaves), parent and base_closure (lineage)
     adapters ── adapter_versions ── version_files, version_tags, version_downloads, signature ── signature_targets
              └─ aliases ──┘
+    repositories ── commits ── commit_files       what was pushed through the Hub's protocol; published commits
+                 └─ refs ────────┘                name their version or base
     jobs            what runs in the background: one a compose, a base to fingerprint …
     tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
     compositions    one a finished recipe over known inputs (composition_inputs): cache key and proof
@@ -41,12 +43,16 @@ __all__ = [
     "BaseFileRow",
     "BaseModelRow",
     "BaseTensorRow",
+    "CommitFileRow",
+    "CommitRow",
     "CompositionInputRow",
     "CompositionRow",
     "JobRow",
     "MemberRow",
     "Model",
     "QuarantineRow",
+    "RefRow",
+    "RepositoryRow",
     "SignatureRow",
     "SignatureTargetRow",
     "TokenRow",
@@ -466,3 +472,70 @@ class TombstoneRow(Model):
     version: Mapped[str] = mapped_column(String(100), primary_key=True)
     digest: Mapped[str] = mapped_column(String(71))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class RepositoryRow(Model):
+    """A repository of the Hub's protocol that was created or pushed to. Adapters and bases are repositories without."""
+
+    __tablename__ = "repositories"
+    __table_args__ = (UniqueConstraint("namespace", "name"),)
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(100))
+    name: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+    @property
+    def full_name(self) -> str:
+        """``namespace/name``, or the name alone of a base that has no namespace."""
+        return f"{self.namespace}/{self.name}".removeprefix("/")
+
+
+class CommitRow(Model):
+    """One state of a repository's files; `oid` follows from them. One without version and base is a draft."""
+
+    __tablename__ = "commits"
+    __table_args__ = (
+        UniqueConstraint("repository_id", "oid"),
+        CheckConstraint("length(oid) = 40", name="oid"),
+        CheckConstraint("version_id IS NULL OR base_id IS NULL", name="one_noun"),
+    )
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id", ondelete="CASCADE"))
+    oid: Mapped[str] = mapped_column(String(40))
+    parent: Mapped[str | None] = mapped_column(String(40))
+    title: Mapped[str] = mapped_column(String(500))
+    message: Mapped[str] = mapped_column(Text, default="")
+    version_id: Mapped[int | None] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), index=True)
+    base_id: Mapped[int | None] = mapped_column(ForeignKey("base_models.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+    files: Mapped[list[CommitFileRow]] = relationship(cascade="all, delete-orphan", order_by="CommitFileRow.path")
+
+
+class CommitFileRow(Model):
+    """One file of a commit: its bytes are the blob of that sha256."""
+
+    __tablename__ = "commit_files"
+    __table_args__ = (CheckConstraint("size >= 0", name="size"), Index("ix_commit_files_sha256", "sha256"))
+
+    commit_id: Mapped[int] = mapped_column(ForeignKey("commits.id", ondelete="CASCADE"), primary_key=True)
+    path: Mapped[str] = mapped_column(String(500), primary_key=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+
+
+class RefRow(Model):
+    """A branch, or a tag on something that is no adapter; tags on adapters are their versions and aliases."""
+
+    __tablename__ = "refs"
+    __table_args__ = (CheckConstraint("kind IN ('branch', 'tag')", name="kind"),)
+
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    commit_id: Mapped[int] = mapped_column(ForeignKey("commits.id", ondelete="CASCADE"), index=True)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
+
+    commit: Mapped[CommitRow] = relationship()

@@ -63,11 +63,12 @@ def subject_name(text: str) -> str:
 
 
 def base_name(text: str) -> str:
-    """A base's name. Raises UsageError."""
-    if not valid_name(text):
+    """A base's name, with or without a namespace. Raises UsageError."""
+    parts = text.split("/")
+    if len(parts) > 2 or not all(map(valid_name, parts)):
         raise UsageError(
             f"{text!r} is not a name for a base",
-            expected="letters, digits, '.', '_' and '-', at most 96, such as smollm2",
+            expected="[NAMESPACE/]NAME of letters, digits, '.', '_' and '-', at most 96 each, such as smollm2",
             found=text,
             remedy="choose a name with --name",
         )

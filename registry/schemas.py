@@ -25,6 +25,7 @@ __all__ = [
     "CompositionInfo",
     "DoctorCheck",
     "FileInfo",
+    "ImportInfo",
     "JobInfo",
     "JobState",
     "Level",
@@ -296,6 +297,16 @@ class CompositionInfo(Schema):
     warnings: tuple[str, ...] = ()
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
+
+
+class ImportInfo(Schema):
+    """What came from a hub: a version of an adapter, or a base."""
+
+    source: str = Field(description="hf://org/name@commit")
+    version: VersionInfo | None = None
+    base: BaseInfo | None = None
+    created: bool = Field(description="false when these very bytes were here already")
+    warnings: tuple[str, ...] = ()
 
 
 class ConversionInfo(Schema):

@@ -1,7 +1,7 @@
 """The FastAPI application: everything under /api/v1, health outside, failures in one shape.
 
 GET  /healthz
-POST GET      /api/v1/bases                         GET /bases/{name}   …/adapters   …/inspect
+POST GET      /api/v1/bases                         GET /bases/{[namespace/]name}   …/adapters   …/inspect
 POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
@@ -13,6 +13,7 @@ POST GET      /api/v1/tokens                        DELETE /tokens/{id}
 GET           /api/v1/namespaces                    PUT DELETE /namespaces/{namespace}/members/{subject}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/versions/{version}/yank   …/deprecation   …/quarantine
 GET           /api/v1/audit   /whoami   /doctor     POST /collections
+              /api/models   /api/repos   /{repository}/resolve    the Hub's protocol (registry/api/hub)
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from registry.access import Authenticator, Scope
 from registry.api.deps import require
 from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
+from registry.api.hub import lfs, listing, reading, repos, writing, xet
+from registry.api.hub.signing import Signer
 from registry.api.limits import MAX_JSON_BYTES, BodyLimit, RateLimit
 from registry.api.routes import access, adapters, bases, compositions, conversions, health
 from registry.api.routes import jobs as job_routes
@@ -86,6 +89,7 @@ def create_app(
     app.state.jobs = jobs
     app.state.max_upload_bytes = max_upload_bytes
     app.state.left_behind = False
+    app.state.signer = Signer()
     app.state.authenticators = authenticators
     app.state.rate_limit = None if requests_per_minute is None else RateLimit(requests_per_minute)
     app.state.closing = threading.Event()
@@ -95,6 +99,8 @@ def create_app(
     for module in (bases, adapters, compositions, conversions, job_routes, access, health):
         app.include_router(module.router, prefix=PREFIX, dependencies=[Depends(require(Scope.READ))])
     app.include_router(health.outside)
+    for module in (lfs, xet, listing, repos, writing, reading):
+        app.include_router(module.router)
     return app
 
 

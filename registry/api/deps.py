@@ -5,7 +5,7 @@ require(Scope.PUBLISH)    a dependency that refuses everybody else, and returns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,10 +131,15 @@ def usage_errors() -> Iterator[None]:
         raise UsageError("; ".join(problems), problems=problems) from None
 
 
-def file_response(request: Request, path: Path, name: str, sha256: str) -> Response:
-    """A download with Content-Length and ranges; its ETag is the sha256, so that a cache may ask again for nothing."""
-    etag = f'"{sha256}"'
+def file_response(
+    request: Request, path: Path, name: str, digest: str, more: Mapping[str, str] | None = None
+) -> Response:
+    """A download with Content-Length and ranges; its ETag is the digest, so that a cache may ask again for nothing.
+
+    more: headers to add.
+    """
+    etag = f'"{digest}"'
+    headers = {"ETag": etag, "X-Content-Type-Options": "nosniff", **(more or {})}
     if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
-        return Response(status_code=304, headers={"ETag": etag})
-    headers = {"ETag": etag, "X-Content-Type-Options": "nosniff"}
+        return Response(status_code=304, headers=headers)
     return FileResponse(path, media_type="application/octet-stream", filename=Path(name).name, headers=headers)

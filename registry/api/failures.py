@@ -2,7 +2,8 @@
 
 usage 400   unauthenticated 401   policy 403   not-found 404   conflict 409   incompatible 422
 integrity 422   internal 500
-upload-too-large 413     queue-full, rate-limited 429     storage, disk-limit 507     method-not-allowed 405
+upload-too-large 413     queue-full, rate-limited 429     storage, disk-limit 507
+stale-parent 412     method-not-allowed 405
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from starlette.exceptions import HTTPException
 from composer.errors import TypedError
 from registry.errors import ForbiddenError
 
-__all__ = ["RESPONSES", "ErrorBody", "add_handlers", "error_response", "status_of"]
+__all__ = ["RESPONSES", "ErrorBody", "add_handlers", "error_response", "log_failure", "status_of"]
 
 STATUS_OF_CATEGORY = {
     "usage": 400,
@@ -33,6 +34,7 @@ STATUS_OF_CATEGORY = {
 }
 STATUS_OF_CODE = {
     "unauthenticated": 401,
+    "stale-parent": 412,
     "upload-too-large": 413,
     "queue-full": 429,
     "rate-limited": 429,
@@ -83,16 +85,21 @@ def error_response(error: TypedError) -> JSONResponse:
     return JSONResponse({"error": error.as_dict()}, status, headers=headers)
 
 
+def log_failure(request: Request, error: TypedError) -> None:
+    """Log a failure that is the service's own, and note in the audit log what somebody was not allowed to do."""
+    if status_of(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+    if isinstance(error, ForbiddenError) and (principal := getattr(request.state, "principal", None)):
+        registry = request.app.state.registry.acting_as(principal)
+        registry.note_denied(f"{request.method} {request.url.path}", error.code)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Give every failure of `app` the same shape."""
 
     @app.exception_handler(TypedError)
     def typed(request: Request, error: TypedError) -> JSONResponse:
-        if status_of(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
-        if isinstance(error, ForbiddenError) and (principal := getattr(request.state, "principal", None)):
-            registry = request.app.state.registry.acting_as(principal)
-            registry.note_denied(f"{request.method} {request.url.path}", error.code)
+        log_failure(request, error)
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)

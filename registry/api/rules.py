@@ -22,9 +22,9 @@ class UploadTooLargeError(PolicyError):
     code = "upload-too-large"
 
 
-def refuse_path(ref: str, what: str, *, base: bool = False) -> str:
+def refuse_path(ref: str, what: str) -> str:
     """`ref`, unless it is a path: a service reads no folder that a request names."""
-    if is_path(ref, base=base):
+    if is_path(ref):
         raise PolicyError(
             f"{what} {ref!r} is a local path: a service takes registered names only",
             expected="a registered name or a digest",
@@ -36,9 +36,9 @@ def refuse_path(ref: str, what: str, *, base: bool = False) -> str:
 
 def refuse_paths(recipe: Recipe) -> Recipe:
     """`recipe`, unless its base or one of its adapters is a path."""
-    refuse_path(recipe.base, "the base", base=True)
+    refuse_path(recipe.base, "the base")
     if recipe.original is not None:
-        refuse_path(recipe.original, "the original", base=True)
+        refuse_path(recipe.original, "the original")
     for term in recipe.adapters:
         refuse_path(term.ref, "the adapter")
     return recipe

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from composer.errors import TypedError, UsageError
 from composer.sinks import storage_errors
 from registry.api.rules import MAX_FILES, UploadTooLargeError, check_file_name
 
-__all__ = ["MULTIPART", "Upload", "receive"]
+__all__ = ["MULTIPART", "Upload", "feed_body", "receive"]
 
 CHUNK = 1 << 20
 DRAIN = 64 << 20
@@ -95,9 +95,8 @@ class Upload:
 class _Receiver:
     """Takes chunks of a multipart body and writes an Upload."""
 
-    def __init__(self, upload: Upload, boundary: bytes, limit: int) -> None:
+    def __init__(self, upload: Upload, boundary: bytes) -> None:
         self._upload = upload
-        self._limit = limit
         self._size = 0
         self._parts = 0
         self._header: list[bytes] = [b"", b""]
@@ -123,8 +122,6 @@ class _Receiver:
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""
         self._size += len(chunk)
-        if self._size > self._limit:
-            raise too_large(self._limit, self._size)
         try:
             with storage_errors("writing an upload"):
                 self._parser.write(chunk)
@@ -209,30 +206,45 @@ async def receive(request: Request) -> Upload:
     if kind != MULTIPART.encode() or not options.get(b"boundary"):
         found = kind.decode("latin-1")
         raise UsageError("the body is not a form with files", expected=MULTIPART, found=found or "no content type")
-    stream = request.stream()
     upload = await run_in_threadpool(Upload, request.app.state.registry.home / "uploads")
-    receiver = _Receiver(upload, options[b"boundary"], limit)
+    receiver = _Receiver(upload, options[b"boundary"])
+    try:
+        await feed_body(request, receiver.feed, limit)
+        receiver.finish()
+    except BaseException:
+        receiver.abort()
+        upload.__exit__(None, None, None)
+        raise
+    return upload
+
+
+async def feed_body(request: Request, feed: Callable[[bytes], None], limit: int) -> int:
+    """Give the body to `feed`, about 1 MiB at a time and in a thread; returns its size.
+
+    Raises UploadTooLargeError beyond `limit` bytes, UsageError when the sender goes away, and what `feed` raises.
+    """
+    stream = request.stream()
+    size = 0
     try:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             raise too_large(limit, int(declared))
         pending = bytearray()
         async for chunk in stream:
+            size += len(chunk)
+            if size > limit:
+                raise too_large(limit, size)
             pending += chunk
             if len(pending) >= CHUNK:
-                await run_in_threadpool(receiver.feed, bytes(pending))
+                await run_in_threadpool(feed, bytes(pending))
                 pending.clear()
-        await run_in_threadpool(receiver.feed, bytes(pending))
-        receiver.finish()
-    except BaseException as error:
-        receiver.abort()
-        upload.__exit__(None, None, None)
-        if isinstance(error, ClientDisconnect):
-            raise UsageError("the sender went away") from None
-        if isinstance(error, TypedError):
-            await _drain(stream)
+        await run_in_threadpool(feed, bytes(pending))
+    except ClientDisconnect:
+        raise UsageError("the sender went away") from None
+    except TypedError:
+        await _drain(stream)
         raise
-    return upload
+    return size
 
 
 async def _drain(stream: AsyncIterator[bytes]) -> None:

@@ -25,7 +25,7 @@ from composer.errors import UsageError
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.db import session_scope
-from registry.models import BaseModelRow, CompositionRow, JobRow, VersionFileRow, now
+from registry.models import BaseModelRow, CommitFileRow, CompositionRow, JobRow, VersionFileRow, now
 from registry.schemas import Collected, JobState
 from registry.services.audit import acting, record
 from registry.store.layout import Layout
@@ -109,7 +109,13 @@ class Collection:
 
     def _named(self, sha256: str) -> bool:
         with session_scope(self._engine) as session:
-            return bool(session.scalar(select(exists().where(VersionFileRow.sha256 == sha256))))
+            return bool(
+                session.scalar(
+                    select(
+                        exists().where(VersionFileRow.sha256 == sha256) | exists().where(CommitFileRow.sha256 == sha256)
+                    )
+                )
+            )
 
     def _unused_uploads(self, before: float) -> Iterator[Path]:
         with session_scope(self._engine) as session:

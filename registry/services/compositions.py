@@ -33,7 +33,7 @@ from composer.run import compose
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
-from registry.errors import BaseChangedError, LicenceConflictError
+from registry.errors import LicenceConflictError
 from registry.interface import Progress
 from registry.licences import assess_licences
 from registry.lifecycle import deprecation, require_usable
@@ -49,6 +49,7 @@ from registry.schemas import (
     Relation,
     Verdict,
 )
+from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.matching import version_verdict
@@ -321,13 +322,13 @@ class Compositions:
     def open_base(self, ref: str, progress: Progress | None) -> ResolvedBase:
         """A registered base, whose files must be what was fingerprinted, or a folder, which is fingerprinted now."""
         with session_scope(self._engine) as session:
-            if is_path(ref, base=True):
+            if is_path(ref):
                 row = self._registered_folder(session, Path(ref).expanduser().resolve())
             else:
                 row = find_base(session, ref)
             if row is not None:
                 facts = base_facts(session, row)
-                checkpoint = open_checkpoint(_unchanged(row, session.scalars(
+                checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
                     select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
                 return ResolvedBase(
@@ -347,7 +348,7 @@ class Compositions:
         if row is None:
             return None
         files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
-        return row if all(_same_stat(folder / file.name, file) for file in files) else None
+        return row if all(same_stat(folder / file.name, file) for file in files) else None
 
     def _adapter(
         self, term: AdapterTerm, base: ResolvedBase, progress: Progress | None, pin: str | None = None
@@ -426,34 +427,6 @@ def _require_licences(resolved: Resolved, accepted: bool) -> None:
             remedy="ask who publishes them for other terms, or go on with --accept-licences",
             verdict=verdict.model_dump(mode="json"),
         )
-
-
-def _same_stat(path: Path, file: BaseFileRow) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:
-        return False
-    return (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns)
-
-
-def _unchanged(row: BaseModelRow, files: Any) -> dict[str, Path]:
-    """The files of a registered base. One whose time moved is hashed again; one that differs is refused."""
-    folder = Path(row.location)
-    paths = {file.name: folder / file.name for file in files}
-    for file in files:
-        path = paths[file.name]
-        if _same_stat(path, file):
-            continue
-        found = "a missing file" if not path.is_file() else sha256_file(path)
-        if found != file.sha256:
-            raise BaseChangedError(
-                f"{file.name} of the base {row.name!r} is no longer what was registered",
-                expected=f"sha256 {file.sha256}",
-                found=found,
-                remedy=f"restore {path}, or register the new weights under another name",
-                path=path,
-            )
-    return paths
 
 
 def _earlier(out: Path, key: str) -> dict[str, Any] | None:

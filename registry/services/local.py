@@ -16,7 +16,7 @@ from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
 from registry.access import LOCAL, Principal, Role, Scope
 from registry.db import create_database_engine, migrate
-from registry.interface import DEFAULT_DAYS, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
+from registry.interface import DEFAULT_DAYS, DEFAULT_MAX_BYTES, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
 from registry.lifecycle import require_usable
 from registry.schemas import (
     AuditEntry,
@@ -29,6 +29,7 @@ from registry.schemas import (
     ConversionInfo,
     DeltaInfo,
     DoctorCheck,
+    ImportInfo,
     JobInfo,
     JobState,
     Level,
@@ -50,6 +51,7 @@ from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.downloads import Downloads
+from registry.services.importing import Importing
 from registry.services.inspection import Inspection
 from registry.services.jobs import JobService
 from registry.services.lifecycle import Lifecycle
@@ -57,6 +59,9 @@ from registry.services.lineage import Lineage
 from registry.services.matching import Matching
 from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
+from registry.services.pushing import Pushing
+from registry.services.repositories import Repositories
+from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
@@ -90,6 +95,10 @@ class LocalRegistry:
         self._publishing = Publishing(self.engine, self.store)
         self._compositions = Compositions(self.engine, self.store, layout)
         self._conversions = Conversions(self.engine, self.store, self._compositions)
+        self.repositories = Repositories(self.engine, self.store)
+        self.pushing = Pushing(self.engine, self.store, layout, self._publishing)
+        self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
+        self._importing = Importing(layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)
         self._namespaces = Namespaces(self.engine)
@@ -189,6 +198,27 @@ class LocalRegistry:
         """As the protocol says; `read_paths=False` for uploads: paths in them are not looked up on this machine."""
         return self._publishing.publish(
             folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths
+        )
+
+    def import_model(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportInfo:
+        return self._importing.import_model(
+            ref,
+            name=name,
+            version=version,
+            base=base,
+            max_bytes=max_bytes,
+            allow_private=allow_private,
+            progress=progress,
         )
 
     def list_adapters(

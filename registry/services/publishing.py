@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from composer.adapters import Adapter, Target, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
-from composer.files import sha256_file
+from composer.files import FileSet, sha256_file
 from composer.provenance import manifest_digest
 from composer.tensors import DTYPES
 from registry.access import Role, Scope
@@ -110,10 +110,26 @@ class Publishing:
         fingerprint = fingerprint_checkpoint(
             checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
         )
+        return self._register(folder, name, checkpoint, fingerprint, parent, relation, license)
+
+    def _register(
+        self,
+        folder: Path,
+        name: str,
+        checkpoint: Checkpoint,
+        fingerprint: Fingerprint,
+        parent: str | None,
+        relation: Relation | None,
+        license: str | None,
+        *,
+        moves: bool = False,
+    ) -> BaseInfo:
+        """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
         files = [(file, path, sha256_file(path)) for file, path in checkpoint.files.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
             held = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))
+            _check_no_adapter(session, name)
             for row, found in ((held, held and held.fingerprint), (same, same and same.name)):
                 if row is not None and (row.name, row.fingerprint) != (name, fingerprint.identity):
                     raise NameTakenError(
@@ -124,13 +140,10 @@ class Publishing:
                         found=found,
                         remedy="choose another --name" if row is held else f"use {found!r}; a base has one name",
                     )
-            if (
-                same is not None
-                and parent is None
-                and license is None
-                and Path(same.location) != folder
-                and _lies_there(same)
-            ):
+            stays = (
+                parent is None and license is None and same is not None and Path(same.location) != folder and not moves
+            )
+            if same is not None and stays and _lies_there(same):
                 return base_info(same, len(same.tensors))
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
@@ -149,6 +162,24 @@ class Publishing:
             record(session, "base.add", row.name, fingerprint=row.fingerprint, parent=parent)
             session.flush()
             return base_info(row, len(row.tensors), created=same is None)
+
+    def add_pushed_base(self, folder: Path, name: str, progress: Progress | None = None) -> BaseInfo:
+        """Register a checkpoint that was pushed under `name`, where no base has these weights.
+
+        Where one of that name has them, it moves to `folder`, with the files beside the weights that lie there. Where
+        one of another name has them, it stays as it is. Where `name` holds other weights, the new ones get it with the
+        first digits of their fingerprint: a name never changes its weights.
+        """
+        checkpoint = open_checkpoint(folder)
+        fingerprint = fingerprint_checkpoint(checkpoint)
+        names = (name, f"{name}-{fingerprint.identity[4:12]}")
+        with session_scope(self._engine) as session:
+            same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
+            if same is not None and same.name not in names:
+                return base_info(same, len(same.tensors))
+            taken = same is None and session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == name))
+        wanted = same.name if same else names[1] if taken else name
+        return self._register(folder, wanted, checkpoint, fingerprint, None, None, None, moves=True)
 
     def verify_base(self, ref: str, progress: Progress | None) -> BaseCheck:
         """Hash every tensor of a registered base again and compare. Raises what open_checkpoint raises."""
@@ -170,7 +201,7 @@ class Publishing:
 
     def publish(
         self,
-        folder: Path,
+        source: Path | FileSet,
         name: str,
         version: str | None,
         base: str | None,
@@ -181,8 +212,9 @@ class Publishing:
         progress: Progress | None,
         *,
         read_paths: bool = True,
+        whole: bool = False,
     ) -> PublishResult:
-        """Publish an adapter folder.
+        """Publish an adapter's files: those that make a version, or all of them (`whole`).
 
         Raises what open_adapter raises, NonFiniteError, IncompatibleError when it does not fit the base it names, and
         VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
@@ -191,13 +223,13 @@ class Publishing:
         wanted = Version(version) if version else None
         with session_scope(self._engine, writes=True) as session:
             require_role(session, namespace, Role.PUBLISHER, claim=True)
-        adapter = open_adapter(folder.expanduser())
+        adapter = open_adapter(source.expanduser() if isinstance(source, Path) else source)
         _check_finite(adapter)
         card = read_card(adapter.files.get("README.md"))
         warnings: list[str] = []
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         self._check_base(adapter, claim, warnings)
-        files = self._store_files(adapter, progress)
+        files = self._store_files(adapter.files if whole else publishable_files(adapter), progress)
         digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
         try:
             with session_scope(self._engine, writes=True) as session:
@@ -272,8 +304,7 @@ class Publishing:
                 remedy="name the base it was trained on with --base",
             )
 
-    def _store_files(self, adapter: Adapter, progress: Progress | None) -> list[VersionFileRow]:
-        chosen = publishable_files(adapter)
+    def _store_files(self, chosen: FileSet, progress: Progress | None) -> list[VersionFileRow]:
         total = sum(path.stat().st_size for path in chosen.values())
         done = 0
 
@@ -310,6 +341,13 @@ class Publishing:
         refuse_quarantined(session, digest, f"{namespace}/{short}")
         owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
         if owner is None:
+            if session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == f"{namespace}/{short}")):
+                raise NameTakenError(
+                    f"{namespace}/{short} is a base model",
+                    expected="a name that no base has",
+                    found="a base of that name",
+                    remedy="publish under another --name",
+                )
             owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
             session.add(owner)
             session.flush()
@@ -385,6 +423,18 @@ class Publishing:
         refresh_latest(session, owner.id)
         session.refresh(row)
         return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+
+
+def _check_no_adapter(session: Session, name: str) -> None:
+    namespace, slash, short = name.partition("/")
+    same = (AdapterRow.namespace == namespace, AdapterRow.name == short)
+    if slash and session.scalar(select(AdapterRow.id).where(*same)):
+        raise NameTakenError(
+            f"{name} is an adapter",
+            expected="a name that no adapter has",
+            found="an adapter of that name",
+            remedy="choose another --name",
+        )
 
 
 def _signature(session: Session, targets: tuple[Target, ...]) -> str:

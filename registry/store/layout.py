@@ -4,9 +4,11 @@ REGISTRY_HOME/                       default ~/.local/share/registry
 ├── registry.db                      the catalogue, unless REGISTRY_DATABASE_URL says otherwise
 ├── store/
 │   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
+│   ├── xorbs/ab/abcd…               chunks of files that Xet clients uploaded
 │   └── incoming/                    half-written blobs; nothing reads them
 ├── graphs/                          weightless ONNX graphs, one an architecture
 ├── uploads/                         bases that came over REST
+├── imports/                         what is being fetched from a hub
 └── compositions/<job>/              what the service composed
 """
 
@@ -43,6 +45,11 @@ class Layout:
         return self.home / "store" / "blobs" / "sha256"
 
     @property
+    def xorbs(self) -> Path:
+        """The folder of xorbs."""
+        return self.home / "store" / "xorbs"
+
+    @property
     def incoming(self) -> Path:
         """Half-written blobs."""
         return self.home / "store" / "incoming"
@@ -56,6 +63,11 @@ class Layout:
     def uploads(self) -> Path:
         """Bases that came over REST."""
         return self.home / "uploads"
+
+    @property
+    def imports(self) -> Path:
+        """What is being fetched from a hub."""
+        return self.home / "imports"
 
     @property
     def compositions(self) -> Path:

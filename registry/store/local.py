@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from composer.errors import CorruptFileError
 from composer.files import sha256_file
 from composer.sinks import fsync_folder, storage_errors
 from composer.writer import ROOM_BYTES, HashingWriter
@@ -36,25 +38,46 @@ class LocalStore:
 
         advance: called with the bytes of each chunk. Raises StorageError; nothing is visible then.
         """
-        with storage_errors(f"storing {source.name}"):
-            self._layout.incoming.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=self._layout.incoming))
-            aside = folder / "blob"
-            try:
-                with HashingWriter(aside) as writer, source.open("rb") as file:
-                    while chunk := file.read(ROOM_BYTES):
-                        writer.write(chunk)
-                        advance(len(chunk))
-                place = self._layout.blob(writer.sha256)
-                if not _touch(place):
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    aside.chmod(0o444)
-                    os.replace(aside, place)
-                    fsync_folder(place.parent)
-            finally:
-                aside.unlink(missing_ok=True)
-                folder.rmdir()
+        if source.parent.parent == self._layout.blobs:  # a blob of this store
+            return source.name, source.stat().st_size
+        with storage_errors(f"storing {source.name}"), self.receive() as writer, source.open("rb") as file:
+            while chunk := file.read(ROOM_BYTES):
+                writer.write(chunk)
+                advance(len(chunk))
         return writer.sha256, writer.size
+
+    @contextmanager
+    def receive(self, expected: str | None = None) -> Iterator[HashingWriter]:
+        """A writer whose bytes become a blob when the context ends without an exception, and vanish otherwise.
+
+        expected: the sha256 that they must have. Raises CorruptFileError when they have another.
+        """
+        self._layout.incoming.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=self._layout.incoming))
+        aside = folder / "blob"
+        try:
+            with HashingWriter(aside) as writer:
+                yield writer
+            if expected is not None and writer.sha256 != expected:
+                raise CorruptFileError(
+                    "the bytes that arrived are not those that were announced",
+                    expected=f"sha256 {expected}",
+                    found=writer.sha256,
+                    remedy="send the file again",
+                )
+            place = self._layout.blob(writer.sha256)
+            if not _touch(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                aside.chmod(0o444)
+                os.replace(aside, place)
+                fsync_folder(place.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+            folder.rmdir()
+
+    def holds(self, sha256: str) -> bool:
+        """Whether there is a blob of that digest."""
+        return self._layout.blob(sha256).is_file()
 
     def path(self, sha256: str, *, verify: bool = False) -> Path:
         """The file of a blob. Raises BlobCorruptError when it is missing or, with `verify`, altered."""

@@ -95,7 +95,5 @@ def test_references_split_into_name_and_version() -> None:
 
 
 def test_paths_are_told_from_names() -> None:
-    """One slash is a namespace for an adapter and a folder for a base."""
+    """One slash is a namespace, of an adapter or of a base; a folder begins with a dot or has more."""
     assert [is_path(ref) for ref in ("./a", "/a", "~/a", "..", "x/y/z", "x/y", "a")] == [True] * 5 + [False] * 2
-    assert is_path("x/y", base=True)
-    assert not is_path("x", base=True)

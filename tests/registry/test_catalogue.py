@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
+from composer.recipe import parse_recipe
 from registry.db import _alembic_config, current_revision, head_revision
 from registry.errors import (
     AdapterNotFoundError,
@@ -373,3 +374,19 @@ def test_a_config_edited_after_publishing_does_not_change_the_version(registry: 
     assert registry.get_version("a").alpha == 4.0
     with pytest.raises(VersionTakenError):
         registry.publish(lora, name="a", version="1.0.0")
+
+
+def test_a_base_may_have_a_namespace_and_shares_names_with_adapters(
+    registry: LocalRegistry, tiny_llama: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    """``org/tiny`` is a base in every reference; a name that is taken by a base or an adapter is refused to the other."""
+    registry.add_base(tiny_llama, name="org/tiny")
+    registry.publish(tiny_lora, name="org/shout", base="org/tiny")
+    registry.compose(parse_recipe("org/tiny+org/shout"), tmp_path / "out")
+    with pytest.raises(NameTakenError):
+        registry.publish(tiny_lora, name="org/tiny")
+    with pytest.raises(NameTakenError):
+        registry.add_base(tmp_path / "out", name="org/shout")
+    for name in ("a/b/c", "/a", "a/", "a/.."):
+        with pytest.raises(UsageError):
+            registry.add_base(tiny_llama, name=name)

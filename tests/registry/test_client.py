@@ -232,7 +232,7 @@ def test_typed_errors_cross_the_network(
         filled.add_base(tiny_lora)
     for refused in (
         lambda: filled.check("./x", "tiny"),
-        lambda: filled.check("team/shout", "a/b"),
+        lambda: filled.check("team/shout", "./a/b"),
         lambda: filled.get_base("../x"),
         lambda: filled.compose(parse_recipe("./x+team/shout"), tmp_path / "out"),
     ):

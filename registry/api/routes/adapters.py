@@ -61,7 +61,7 @@ def _publish(upload: Upload, registry: Registered) -> PublishResult:
             upload.folder,
             name=refuse_path(upload.required("name"), "the name"),
             version=upload.text("version"),
-            base=None if base is None else refuse_path(base, "the base", base=True),
+            base=None if base is None else refuse_path(base, "the base"),
             license=upload.text("license"),
             tags=tuple(tag for tag in upload.fields.get("tags", ()) if tag),
             description=upload.text("description"),
@@ -87,7 +87,7 @@ def list_adapters(
 ) -> Page[VersionInfo]:
     """The latest version of each adapter, by name."""
     if base is not None:
-        refuse_path(base, "the base", base=True)
+        refuse_path(base, "the base")
     return registry.list_adapters(namespace=namespace, kind=kind, base=base, limit=limit, cursor=cursor)
 
 
@@ -107,7 +107,7 @@ def search(
 ) -> Page[VersionInfo]:
     """Latest versions with these properties, newest first."""
     if base is not None:
-        refuse_path(base, "the base", base=True)
+        refuse_path(base, "the base")
     return registry.search(
         q, namespace=namespace, kind=kind, rank=rank, task=task, license=license, base=base, tag=tag,
         limit=limit, cursor=cursor,
@@ -121,7 +121,7 @@ def check(
     base: Annotated[str, Query(min_length=1)],
 ) -> Verdict:
     """The level at which they fit, with reasons; incompatible is an answer, not a failure."""
-    return registry.check(refuse_path(adapter, "the adapter"), refuse_path(base, "the base", base=True))
+    return registry.check(refuse_path(adapter, "the adapter"), refuse_path(base, "the base"))
 
 
 @router.get(ADAPTER, summary="Show a version")

@@ -61,7 +61,7 @@ def _fields(upload: Upload) -> dict[str, Any]:
     if relation is not None and relation not in list(Relation):
         raise UsageError(f"unknown relation {relation!r}", expected=list(Relation), found=relation)
     upload.rename(name)
-    parent = None if parent is None else refuse_path(parent, "the parent", base=True)
+    parent = None if parent is None else refuse_path(parent, "the parent")
     return {"name": name, "parent": parent, "relation": None if relation is None else Relation(relation),
             "license": upload.text("license")}  # fmt: skip
 
@@ -90,7 +90,7 @@ def list_bases(registry: Registered, limit: Limit = DEFAULT_LIMIT, cursor: Curso
     return registry.list_bases(limit=limit, cursor=cursor)
 
 
-@router.get("/bases/{name}/adapters", summary="List the adapters that fit a base")
+@router.get("/bases/{name:path}/adapters", summary="List the adapters that fit a base")
 def compatible(
     name: str,
     registry: Registered,
@@ -99,46 +99,46 @@ def compatible(
     cursor: Cursor = None,
 ) -> Page[CompatibleAdapter]:
     """Latest versions that fit the base at `level` or better, best first, then the newest."""
-    return registry.compatible(refuse_path(name, "the base", base=True), level=level, limit=limit, cursor=cursor)
+    return registry.compatible(refuse_path(name, "the base"), level=level, limit=limit, cursor=cursor)
 
 
-@router.get("/bases/{name}/lineage", summary="Show the line of a base model")
+@router.get("/bases/{name:path}/lineage", summary="Show the line of a base model")
 def lineage(name: str, registry: Registered) -> LineageInfo:
     """Ancestors and descendants, with what the weights say of each edge; and bases that the weights suggest."""
-    return registry.lineage(refuse_path(name, "the base", base=True))
-
-
-@router.get("/bases/{name}", summary="Show a base model")
-def get_base(name: str, registry: Registered) -> BaseInfo:
-    """One base by name or by fingerprint (``wf1:…``)."""
-    return registry.get_base(refuse_path(name, "the base", base=True))
+    return registry.lineage(refuse_path(name, "the base"))
 
 
 @router.post(
-    "/bases/{name}/verifications",
+    "/bases/{name:path}/verifications",
     summary="Verify a base model",
     status_code=202,
     dependencies=[Depends(require(Scope.COMPOSE))],
 )
 def verify(name: str, response: Response, jobs: Jobs) -> JobInfo:
     """Queue a job that hashes every tensor again; Location names it."""
-    job = jobs.submit_verify(refuse_path(name, "the base", base=True))
+    job = jobs.submit_verify(refuse_path(name, "the base"))
     response.headers["Location"] = f"/api/v1/jobs/{job.id}"
     return job
 
 
 @router.delete(
-    "/bases/{name}",
+    "/bases/{name:path}",
     summary="Remove a base model",
     status_code=204,
     dependencies=[Depends(require(Scope.ADMIN, everywhere=True))],
 )
 def remove(name: str, registry: Registered) -> None:
     """Forget a base that nothing needs; 409 lists what does."""
-    registry.remove_base(refuse_path(name, "the base", base=True))
+    registry.remove_base(refuse_path(name, "the base"))
 
 
-@router.get("/bases/{name}/inspect", summary="Inspect a base model")
+@router.get("/bases/{name:path}/inspect", summary="Inspect a base model")
 def inspect(name: str, registry: Registered) -> dict[str, Any]:
     """What the base holds, tensor by tensor."""
-    return registry.inspect(registry.get_base(refuse_path(name, "the base", base=True)).fingerprint)
+    return registry.inspect(registry.get_base(refuse_path(name, "the base")).fingerprint)
+
+
+@router.get("/bases/{name:path}", summary="Show a base model")
+def get_base(name: str, registry: Registered) -> BaseInfo:
+    """One base by name or by fingerprint (``wf1:…``)."""
+    return registry.get_base(refuse_path(name, "the base"))

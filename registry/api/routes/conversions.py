@@ -49,7 +49,7 @@ def _queued(
     request = body.model_dump()
     for field in ("finetune", "base"):
         if field in request:
-            refuse_path(request[field], f"the {field}", base=True)
+            refuse_path(request[field], f"the {field}")
     if "ref" in request:
         refuse_path(request["ref"], "the adapter")
     job: JobInfo = jobs.submit_conversion(kind, request)

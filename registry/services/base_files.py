@@ -1,0 +1,44 @@
+"""The files of a registered base, which stay where they lie: are they still what was fingerprinted?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer.files import sha256_file
+from registry.errors import BaseChangedError
+from registry.models import BaseFileRow, BaseModelRow
+
+__all__ = ["same_stat", "unchanged_files"]
+
+
+def same_stat(path: Path, file: BaseFileRow) -> bool:
+    """Whether size and time are those of the registration."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return False
+    return (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns)
+
+
+def unchanged_files(row: BaseModelRow, files: Sequence[BaseFileRow]) -> dict[str, Path]:
+    """Those files of a base, by name. One whose time moved is hashed again.
+
+    Raises BaseChangedError for one that differs.
+    """
+    folder = Path(row.location)
+    paths = {file.name: folder / file.name for file in files}
+    for file in files:
+        path = paths[file.name]
+        if same_stat(path, file):
+            continue
+        found = "a missing file" if not path.is_file() else sha256_file(path)
+        if found != file.sha256:
+            raise BaseChangedError(
+                f"{file.name} of the base {row.name!r} is no longer what was registered",
+                expected=f"sha256 {file.sha256}",
+                found=found,
+                remedy=f"restore {path}, or register the new weights under another name",
+                path=path,
+            )
+    return paths

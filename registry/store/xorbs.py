@@ -1,0 +1,182 @@
+"""Xorbs: the unit in which Xet clients upload. A file arrives as ranges of chunks of xorbs and becomes a plain blob.
+
+    xorb    chunks, each: version u8, stored length u24, scheme u8, length u24, bytes      then an optional footer
+    scheme  0 as it is   1 an LZ4 frame   2 an LZ4 frame of the bytes dealt out by their index modulo 4
+    hash    root of a Merkle tree over BLAKE3 of the chunks, checked before a xorb is kept
+
+    store/xorbs/ab/abcd…    as it was uploaded. Clients remember what they sent and do not send it again, so xorbs stay.
+
+Sources: the format and the hash as https://huggingface.co/docs/xet describes them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import lz4.frame
+import numpy as np
+from blake3 import blake3
+
+from composer.errors import CorruptFileError, NotFoundError, UsageError
+from composer.sinks import fsync_folder, storage_errors
+from registry.store.layout import Layout
+
+__all__ = ["MAX_XORB", "XorbStore", "hash_text", "xorb_hash"]
+
+MAX_XORB = 72 << 20  # 64 MiB of chunks, their headers and the footer
+MAX_CHUNK = 1 << 20
+HASH = re.compile(r"[0-9a-f]{64}")
+FOOTER = b"XETBLOB"
+HEADER = 8
+LEAF_KEY = bytes.fromhex("6697f5775b9550de3135cbaca597181c9de421109beb2b58b4d0b04b93adf229")
+NODE_KEY = bytes.fromhex("017ec5c7a5472996fd946666b48a02e65ddd536f37c76dd2f86352e64a53713f")
+MEAN_CHILDREN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Where a chunk lies in its xorb, and how."""
+
+    offset: int
+    stored: int
+    scheme: int
+    length: int
+
+
+class XorbStore:
+    """Xorbs by their hash."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    @contextmanager
+    def receive(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write the xorb `name` to; it is kept when the context ends and its chunks have that hash.
+
+        Raises UsageError for a name that is no hash, CorruptFileError for bytes that are no xorb or another.
+        """
+        place = self._place(name)
+        with storage_errors("storing a xorb"):
+            self._layout.incoming.mkdir(parents=True, exist_ok=True)
+            descriptor, text = tempfile.mkstemp(dir=self._layout.incoming)
+            aside = Path(text)
+            try:
+                with os.fdopen(descriptor, "w+b") as file:
+                    yield file
+                    file.flush()
+                    found = xorb_hash(file)
+                    os.fsync(descriptor)
+                if found != name:
+                    raise CorruptFileError("the chunks are not those of the xorb", expected=name, found=found)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(aside, place)
+                fsync_folder(place.parent)
+            finally:
+                aside.unlink(missing_ok=True)
+
+    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes of chunks `start` to `stop` of a xorb. Raises NotFoundError where it is not here."""
+        place = self._place(name)
+        if not place.is_file():
+            raise NotFoundError(
+                f"the xorb {name[:12]} is not here",
+                expected="xorbs before the shard that names them",
+                found=name,
+                remedy="remove the client's Xet cache (HF_XET_CACHE) and push again",
+            )
+        with place.open("rb") as file:
+            index = list(_index(file))
+            if not 0 <= start < stop <= len(index):
+                raise CorruptFileError(f"the xorb {name[:12]} has {len(index)} chunks", found=[start, stop])
+            for chunk in index[start:stop]:
+                yield _read(file, chunk)
+
+    def _place(self, name: str) -> Path:
+        if not HASH.fullmatch(name):
+            raise UsageError(f"{name!r} is not the hash of a xorb", expected="64 hex digits", found=name)
+        return self._layout.xorbs / name[:2] / name
+
+
+def _index(file: BinaryIO) -> Iterator[_Chunk]:
+    """The chunks of a xorb, from their headers. Raises CorruptFileError."""
+    size, offset = file.seek(0, os.SEEK_END), 0
+    while offset < size:
+        file.seek(offset)
+        header = file.read(HEADER)
+        if header.startswith(FOOTER):
+            return
+        chunk = _Chunk(
+            offset + HEADER,
+            int.from_bytes(header[1:4], "little"),
+            header[4] if len(header) == HEADER else 0,
+            int.from_bytes(header[5:8], "little"),
+        )
+        offset = chunk.offset + chunk.stored
+        if len(header) < HEADER or header[0] or offset > size or not 0 < chunk.length <= MAX_CHUNK or chunk.scheme > 2:
+            raise CorruptFileError("a xorb has a chunk that cannot be read", expected="chunks", found=header.hex())
+        yield chunk
+
+
+def _read(file: BinaryIO, chunk: _Chunk) -> bytes:
+    """The bytes of one chunk, decompressed to the length that it states and no further."""
+    file.seek(chunk.offset)
+    data = file.read(chunk.stored)
+    if chunk.scheme:
+        try:
+            data = lz4.frame.LZ4FrameDecompressor().decompress(data, max_length=chunk.length + 1)
+        except RuntimeError as error:
+            raise CorruptFileError(f"a chunk cannot be decompressed: {error}") from None
+    if len(data) != chunk.length:
+        raise CorruptFileError("a chunk has another length than it states", expected=chunk.length, found=len(data))
+    return _gathered(data) if chunk.scheme == 2 else data
+
+
+def _gathered(data: bytes) -> bytes:
+    """Bytes in their order, from four runs: those whose index modulo 4 is 0, 1, 2 and 3."""
+    source, out = np.frombuffer(data, np.uint8), np.empty(len(data), np.uint8)
+    begin = 0
+    for phase in range(4):
+        count = len(out[phase::4])
+        out[phase::4] = source[begin : begin + count]
+        begin += count
+    return out.tobytes()
+
+
+def xorb_hash(file: BinaryIO) -> str:
+    """The hash of the xorb in `file`."""
+    nodes = []
+    for chunk in _index(file):
+        data = _read(file, chunk)
+        nodes.append((blake3(data, key=LEAF_KEY).digest(), len(data)))
+    if not nodes:
+        raise CorruptFileError("a xorb without chunks", expected="chunks", found="none")
+    while len(nodes) > 1:
+        nodes = list(_parents(nodes))
+    return hash_text(nodes[0][0])
+
+
+def _parents(nodes: Sequence[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """One level up. A group ends after 3 to 9 nodes, at one whose hash is a multiple of 4, or with the last."""
+    begin = 0
+    while begin < len(nodes):
+        end = min(begin + 2 * MEAN_CHILDREN + 1, len(nodes))
+        for index in range(begin + 2, end):
+            if int.from_bytes(nodes[index][0][24:], "little") % MEAN_CHILDREN == 0:
+                end = index + 1
+                break
+        group = nodes[begin:end]
+        text = "".join(f"{hash_text(digest)} : {size}\n" for digest, size in group)
+        yield blake3(text.encode(), key=NODE_KEY).digest(), sum(size for _, size in group)
+        begin = end
+
+
+def hash_text(digest: bytes) -> str:
+    """A hash as clients write it: four little-endian numbers of 64 bits in hex."""
+    return "".join(digest[begin : begin + 8][::-1].hex() for begin in range(0, 32, 8))
