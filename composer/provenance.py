@@ -57,6 +57,7 @@ def composition_record(
         "base": inputs.get("base", {}),
         "adapters": adapters,
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
+        **({"config": plan.config_changes} if plan.config_changes else {}),
         "warnings": warnings,
         "export": exported,
         "outputs": dict(sorted(files.items())),

@@ -74,7 +74,12 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def plan_folders(
-    base: Path, adapters: Iterable[tuple[Path, float]] = (), *, dtype: Dtype = Dtype.KEEP, method: str = "linear"
+    base: Path,
+    adapters: Iterable[tuple[Path, float]] = (),
+    *,
+    dtype: Dtype = Dtype.KEEP,
+    method: str = "linear",
+    untie: bool = False,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
     terms = [Term(path.name, open_adapter(path), weight) for path, weight in adapters]
@@ -83,15 +88,16 @@ def plan_folders(
         adapters=tuple(AdapterTerm(ref=term.label, weight=term.weight) for term in terms),
         dtype=dtype,
         method=method,
+        untie=untie,
     )
     return make_plan(recipe, open_checkpoint(base), terms)
 
 
 def compose_folders(
-    base: Path, adapters: Iterable[tuple[Path, float]], out: Path, *, dtype: Dtype = Dtype.KEEP
+    base: Path, adapters: Iterable[tuple[Path, float]], out: Path, *, dtype: Dtype = Dtype.KEEP, untie: bool = False
 ) -> Outcome:
     """Compose into `out`."""
-    return compose(plan_folders(base, adapters, dtype=dtype), out)
+    return compose(plan_folders(base, adapters, dtype=dtype, untie=untie), out)
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:

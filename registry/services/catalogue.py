@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine, func, select, tuple_, update
 from sqlalchemy.orm import Session, selectinload
 
+from composer.places import with_module_places
 from registry.access import Role
 from registry.compat import BaseClaim, BaseFacts
 from registry.db import session_scope
@@ -228,12 +229,12 @@ def base_facts(session: Session, row: BaseModelRow) -> BaseFacts:
 
 
 def _shapes(session: Session, row: BaseModelRow) -> dict[str, tuple[int, ...]]:
-    """The shapes of a base, which are the same for ever: remembered for the bases that were asked for last."""
+    """The places of a base, which are the same for ever: remembered for the bases that were asked for last."""
     with _SHAPES_LOCK:
         found = _SHAPES.get(row.fingerprint)
     if found is None:
         query = select(BaseTensorRow.name, BaseTensorRow.shape).where(BaseTensorRow.base_id == row.id)
-        found = {name: tuple(shape) for name, shape in session.execute(query)}
+        found = with_module_places({name: tuple(shape) for name, shape in session.execute(query)}, row.architecture)
         with _SHAPES_LOCK:
             _SHAPES[row.fingerprint] = found
             while len(_SHAPES) > REMEMBERED_BASES:

@@ -20,9 +20,11 @@ from sqlalchemy import Engine, select
 import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
+from composer.companions import companion_files
 from composer.errors import TypedError, WeakCompatibilityError
 from composer.exporters import check_export, find_plan_exporter
 from composer.files import copy_names, read_json, sha256_file
+from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
@@ -188,11 +190,7 @@ class Compositions:
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
         files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
-        companions = (
-            {}
-            if in_place
-            else {name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)}
-        )
+        companions = {name: len(data) for name, data in companion_files(plan)} if not in_place else {}
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -275,7 +273,7 @@ class Compositions:
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
-        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, checkpoint.shapes)
+        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, places(checkpoint))
         licence = read_card(checkpoint.files.get("README.md")).license
         return ResolvedBase(checkpoint, facts, found.tokenizer, found.chat_template, licence)
 
