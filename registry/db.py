@@ -24,6 +24,7 @@ __all__ = [
     "current_revision",
     "head_revision",
     "migrate",
+    "refresh_statistics",
     "session_scope",
 ]
 
@@ -81,6 +82,15 @@ def _alembic_config(engine: Engine) -> Any:
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["engine"] = engine
     return config
+
+
+def refresh_statistics(engine: Engine) -> None:
+    """Let SQLite's planner learn what the tables hold; PostgreSQL does so by itself."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA analysis_limit = 1000")
+            connection.exec_driver_sql("ANALYZE")
+            connection.commit()
 
 
 def migrate(engine: Engine) -> None:

@@ -184,7 +184,7 @@ class AdapterRow(Model):
     __tablename__ = "adapters"
     __table_args__ = (
         UniqueConstraint("namespace", "name"),
-        Index("ix_adapters_private", "namespace", sqlite_where=text("private"), postgresql_where=text("private")),
+        Index("ix_adapters_private", "namespace", sqlite_where=text("private = 1"), postgresql_where=text("private")),
     )
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
@@ -202,7 +202,8 @@ class AdapterRow(Model):
         return f"{self.namespace}/{self.name}"
 
 
-# Indexes of the latest versions only: pages of them, newest first, are read from one.
+# Indexes of the latest versions only: pages of them, newest first, are read from one. SQLite uses a partial index only
+# where its condition stands in the query as it stands here, and there a boolean is written `latest = 1`.
 LATEST_BY = {
     "base": ("base_fingerprint",),
     "values": ("base_value_root", "base_config_digest"),
@@ -224,7 +225,7 @@ class VersionRow(Model):
         Index("ix_adapter_versions_latest", "adapter_id", "prerelease", "sort_key"),
         Index("ix_adapter_versions_base", "base_fingerprint", "id"),
         *(
-            Index(f"ix_latest_{name}", *columns, "id", sqlite_where=text("latest"), postgresql_where=text("latest"))
+            Index(f"ix_latest_{name}", *columns, "id", sqlite_where=text("latest = 1"), postgresql_where=text("latest"))
             for name, columns in LATEST_BY.items()
         ),
         Index("ix_adapter_versions_digest", "digest"),
@@ -233,7 +234,7 @@ class VersionRow(Model):
         CheckConstraint("NOT latest OR state = 'published'", name="latest"),
         Index(
             "uq_adapter_versions_latest", "adapter_id", unique=True,
-            sqlite_where=text("latest"), postgresql_where=text("latest"),
+            sqlite_where=text("latest = 1"), postgresql_where=text("latest"),
         ),
     )  # fmt: skip
 

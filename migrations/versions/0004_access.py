@@ -14,7 +14,7 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
-PRIVATE = sa.text("private")
+PRIVATE = {"sqlite_where": sa.text("private = 1"), "postgresql_where": sa.text("private")}
 
 
 def upgrade() -> None:
@@ -59,7 +59,7 @@ def upgrade() -> None:
     op.create_index("ix_audit_log_subject", "audit_log", ["subject", "id"])
     op.create_index("ix_audit_log_target", "audit_log", ["target", "id"])
     op.add_column("adapters", sa.Column("private", sa.Boolean(), nullable=False, server_default=sa.false()))
-    op.create_index("ix_adapters_private", "adapters", ["namespace"], sqlite_where=PRIVATE, postgresql_where=PRIVATE)
+    op.create_index("ix_adapters_private", "adapters", ["namespace"], **PRIVATE)
     op.add_column("jobs", sa.Column("owner", sa.String(length=200), nullable=False, server_default="local"))
 
 

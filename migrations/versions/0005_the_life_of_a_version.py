@@ -14,7 +14,7 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 
-LATEST = sa.text("latest")
+LATEST = {"sqlite_where": sa.text("latest = 1"), "postgresql_where": sa.text("latest")}
 # SQLite adds a column with its checks in place; rebuilding the table would cascade into the tables that refer to it.
 COLUMNS = {
     "state": "VARCHAR(20) DEFAULT 'published' NOT NULL",
@@ -42,7 +42,7 @@ def upgrade() -> None:
     )
     op.create_index(
         "uq_adapter_versions_latest", "adapter_versions", ["adapter_id"], unique=True,
-        sqlite_where=LATEST, postgresql_where=LATEST,
+        **LATEST,
     )  # fmt: skip
     op.add_column("base_models", sa.Column("license", sa.String(length=100), nullable=True))
     op.create_table(

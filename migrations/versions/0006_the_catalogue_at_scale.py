@@ -24,7 +24,7 @@ branch_labels = None
 depends_on = None
 
 KEY = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-LATEST = sa.text("latest")
+LATEST = {"sqlite_where": sa.text("latest = 1"), "postgresql_where": sa.text("latest")}
 LATEST_BY = {
     "base": ["base_fingerprint", "id"],
     "values": ["base_value_root", "base_config_digest", "id"],
@@ -112,7 +112,7 @@ def upgrade() -> None:
     op.drop_index("ix_adapter_versions_base", "adapter_versions")
     op.create_index("ix_adapter_versions_base", "adapter_versions", ["base_fingerprint", "id"])
     for name, columns in LATEST_BY.items():
-        op.create_index(f"ix_latest_{name}", "adapter_versions", columns, sqlite_where=LATEST, postgresql_where=LATEST)
+        op.create_index(f"ix_latest_{name}", "adapter_versions", columns, **LATEST)
     if op.get_bind().dialect.name == "sqlite":
         op.execute(SQLITE_TEXT)
         for event, body in TRIGGERS.items():

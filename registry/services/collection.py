@@ -24,7 +24,7 @@ from sqlalchemy import Engine, delete, exists, func, select
 from composer.errors import UsageError
 from composer.sinks import storage_errors
 from registry.access import Scope
-from registry.db import session_scope
+from registry.db import refresh_statistics, session_scope
 from registry.models import BaseModelRow, CommitFileRow, CompositionRow, JobRow, VersionFileRow, now
 from registry.schemas import Collected, JobState
 from registry.services.audit import acting, record
@@ -69,6 +69,7 @@ class Collection:
             nbytes=sum(size for _, size in counts.values()) + half[1],
         )
         if not dry_run:
+            refresh_statistics(self._engine)
             with session_scope(self._engine, writes=True) as session:
                 record(session, "gc", str(self._layout.home), **result.model_dump(exclude={"dry_run"}))
         return result

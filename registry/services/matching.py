@@ -3,7 +3,7 @@
     exact         the same fingerprint                          an index, newest first
     same-values   bases of the same values                      the same index
     lineage       bases of the closure table                    the same index
-    shape         signatures that bind to the base              an index of signatures, of which there are few
+    shape         signatures that bind to the base              the few signatures that bind, or a walk
     incompatible  the other signatures
 
 A level is asked only when those before it are exhausted, so the first page costs what it shows, however many adapters
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Engine, Select, and_, false, func, or_, select
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy import ColumnElement, Engine, Select, and_, false, func, or_, select, true
+from sqlalchemy.orm import Session, aliased, selectinload
 
 from composer.adapters import Binding, Target, bind_targets
 from composer.errors import UsageError
@@ -38,90 +38,143 @@ from registry.services.catalogue import (
     version_infos,
 )
 
-__all__ = ["Matching", "level_page", "version_verdict"]
+__all__ = ["Matching", "Part", "levels_of", "version_verdict"]
 
 T = TypeVar("T", int, str)
+V = TypeVar("V")
 
 MAX_PAGE = 1000
-REMEMBERED = 200_000
+CHUNK = 500
+WALK_FROM = 0.05  # from this share of the signatures on
 LEVELS = list(Level)
 
 
-class _Bindings:
-    """Remembers how signatures bind to bases, by fingerprint and digest."""
+class _Memory(Generic[V]):
+    """What never changes, by key; the least used goes first."""
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str], Binding] = OrderedDict()
+    def __init__(self, size: int) -> None:
+        self._known: OrderedDict[Any, V] = OrderedDict()
+        self._size = size
         self._lock = threading.Lock()
 
-    def get(self, session: Session, signature: str | None, base: BaseFacts) -> Binding:
-        """The binding of one signature on one base."""
-        if signature is None:
-            return Binding()
-        key = (base.fingerprint, signature)
+    def get(self, key: Any) -> V | None:
+        """What is known, None where nothing is."""
         with self._lock:
-            found = self._known.get(key)
-        if found is None:
-            found = bind_targets(signature_targets(session, signature), base.shapes)
-            with self._lock:
-                self._known[key] = found
-                while len(self._known) > REMEMBERED:
-                    self._known.popitem(last=False)
-        return found
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
+    def put(self, key: Any, value: V) -> V:
+        """Remember, and forget the least used."""
+        with self._lock:
+            self._known[key] = value
+            while len(self._known) > self._size:
+                self._known.popitem(last=False)
+        return value
 
 
-BINDINGS = _Bindings()
+TARGETS: _Memory[tuple[Target, ...]] = _Memory(10_000)
+BINDINGS: _Memory[Binding] = _Memory(200_000)
+LEAVES: _Memory[dict[str, str]] = _Memory(64)
 
 
-def signature_targets(session: Session, signature: str | None) -> tuple[Target, ...]:
-    """The targets of a signature, in the order of their names."""
-    rows = session.execute(
-        select(SignatureTargetRow.parameter, SignatureTargetRow.shape)
-        .where(SignatureTargetRow.signature == signature)
-        .order_by(SignatureTargetRow.parameter)
-    )
-    return tuple(Target.of(parameter, needs) for parameter, needs in rows)
+def signature_targets(session: Session, signatures: Iterable[str]) -> dict[str, tuple[Target, ...]]:
+    """The targets of signatures, in the order of their names."""
+    found = {digest: TARGETS.get(digest) for digest in signatures}
+    missing = sorted(digest for digest, targets in found.items() if targets is None)
+    for start in range(0, len(missing), CHUNK):
+        rows = session.execute(
+            select(SignatureTargetRow.signature, SignatureTargetRow.parameter, SignatureTargetRow.shape)
+            .where(SignatureTargetRow.signature.in_(missing[start : start + CHUNK]))
+            .order_by(SignatureTargetRow.signature, SignatureTargetRow.parameter)
+        ).tuples()
+        read: dict[str, list[Target]] = {digest: [] for digest in missing[start : start + CHUNK]}
+        for digest, parameter, shape in rows:
+            read[digest].append(Target.of(parameter, shape))
+        found |= {digest: TARGETS.put(digest, tuple(targets)) for digest, targets in read.items()}
+    return {digest: targets or () for digest, targets in found.items()}
+
+
+def bindings(session: Session, signatures: Iterable[str], base: BaseFacts) -> dict[str, Binding]:
+    """How signatures bind to a base."""
+    found = {digest: BINDINGS.get((base.fingerprint, digest)) for digest in signatures}
+    missing = [digest for digest, binding in found.items() if binding is None]
+    for digest, targets in signature_targets(session, missing).items():
+        found[digest] = BINDINGS.put((base.fingerprint, digest), bind_targets(targets, base.shapes))
+    return {digest: binding for digest, binding in found.items() if binding is not None}
 
 
 def version_verdict(session: Session, version: VersionRow, facts: BaseFacts) -> Verdict:
     """The verdict for a published version on a base."""
+    signature = version.signature or ""
     return assess(
-        signature_targets(session, version.signature),
+        signature_targets(session, [signature])[signature],
         version_claim(session, version),
         facts,
         _differing(session, version.base_fingerprint, facts.fingerprint),
-        binding=BINDINGS.get(session, version.signature, facts),
+        binding=bindings(session, [signature], facts)[signature],
     )
 
 
 def _differing(session: Session, one: str | None, other: str) -> tuple[str, ...] | None:
     """Names of the tensors in which two bases differ; None unless both are registered and not the same."""
-    if one in (None, other):
+    if one is None or one == other:
         return None
-    rows = [
-        dict(session.execute(select(BaseTensorRow.name, BaseTensorRow.digest).join(BaseModelRow).where(
-            BaseModelRow.fingerprint == wanted)).tuples().all())
-        for wanted in (one, other)
-    ]  # fmt: skip
-    if not all(rows):
+    mine, theirs = _leaves(session, one), _leaves(session, other)
+    if not mine or not theirs:
         return None
-    return tuple(sorted(name for name in rows[0].keys() | rows[1].keys() if rows[0].get(name) != rows[1].get(name)))
+    return tuple(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
 
 
-def level_page(condition: ColumnElement[bool], limit: int, before: int | None) -> Select[tuple[VersionRow]]:
-    """The latest versions that fulfil a condition, newest first, after the one of the number `before`."""
-    query = select(VersionRow).where(VersionRow.latest, condition)
-    return (
-        (query if before is None else query.where(VersionRow.id < before)).order_by(VersionRow.id.desc()).limit(limit)
-    )
+def _leaves(session: Session, fingerprint: str) -> dict[str, str]:
+    found = LEAVES.get(fingerprint)
+    if found is None:
+        query = select(BaseTensorRow.name, BaseTensorRow.digest).join(BaseModelRow)
+        found = dict(session.execute(query.where(BaseModelRow.fingerprint == fingerprint)).tuples().all())
+        if found:
+            LEAVES.put(fingerprint, found)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """One level of a listing: what its rows fulfil."""
+class Part:
+    """Latest versions with one of `values` in an indexed column, or with any; and what else they fulfil.
 
-    level: Level
-    condition: ColumnElement[bool]
+    `walk`: so many have one that the versions are walked from the newest, in place of looking each value up.
+    """
+
+    column: Any = None
+    values: tuple[str, ...] = ()
+    condition: ColumnElement[bool] = field(default_factory=true)
+    walk: bool = False
+
+    def newest(self, dialect: str, limit: int, before: int | None) -> Select[tuple[int]]:
+        """Their numbers, the newest first: for each value the newest `limit`, and of these the newest `limit`."""
+        query = select(VersionRow.id).where(VersionRow.latest, self.condition)
+        if before is not None:
+            query = query.where(VersionRow.id < before)
+        order = VersionRow.id.desc()
+        if self.column is None:
+            return query.order_by(order).limit(limit)
+        if self.walk:  # a function keeps planners from the column's index
+            return query.where(func.coalesce(self.column, "").in_(self.values)).order_by(order).limit(limit)
+        if len(self.values) == 1:
+            return query.where(self.column == self.values[0]).order_by(order).limit(limit)
+        source, key = SOURCES[self.column.key]
+        top = query.where(self.column == key).order_by(order).limit(limit).correlate(source)
+        if dialect == "postgresql":
+            each = top.lateral()
+            found = select(each.c.id).select_from(source).join(each, true()).where(key.in_(self.values))
+            return found.order_by(each.c.id.desc()).limit(limit)
+        chosen = aliased(VersionRow)
+        found = select(chosen.id).select_from(source).join(chosen, chosen.id.in_(top)).where(key.in_(self.values))
+        return found.order_by(chosen.id.desc()).limit(limit)
+
+
+SOURCES: dict[str, tuple[Any, Any]] = {
+    "base_fingerprint": (BaseModelRow, BaseModelRow.fingerprint),
+    "signature": (SignatureRow, SignatureRow.digest),
+}
 
 
 class Matching:
@@ -139,13 +192,17 @@ class Matching:
             row = find_base(session, base)
             facts = base_facts(session, row)
             following = None
-            for stage in _stages(session, row, facts):
-                if LEVELS.index(stage.level) < first or not better_or_equal(stage.level, level):
+            for wanted, parts in levels_of(session, row, facts).items():
+                if LEVELS.index(wanted) < first or not better_or_equal(wanted, level):
                     continue
-                page = level_page(stage.condition, limit + 1 - len(found), before)
-                rows = session.scalars(page.options(selectinload(VersionRow.files)))
+                while len(found) <= limit:
+                    need = limit + 1 - len(found)
+                    numbers = self._newest(session, parts, need, before)
+                    found += [item for item in self._verdicts(session, numbers, facts) if item[1].level is wanted]
+                    before = numbers[-1] if numbers else None
+                    if len(numbers) < need:
+                        break
                 before = None
-                found += [(item, version_verdict(session, item, facts)) for item in rows]
                 if len(found) > limit:
                     last, verdict = found[limit - 1]
                     following = f"{LEVELS.index(verdict.level)}.{last.id}"
@@ -157,6 +214,18 @@ class Matching:
                 for info, (_, verdict) in zip(infos, shown, strict=True)
             )
         return Page(items=items, next=following)
+
+    def _newest(self, session: Session, parts: tuple[Part, ...], limit: int, before: int | None) -> list[int]:
+        """The newest of several parts."""
+        dialect = self._engine.dialect.name
+        found = {number for part in parts for number in session.scalars(part.newest(dialect, limit, before))}
+        return sorted(found, reverse=True)[:limit]
+
+    @staticmethod
+    def _verdicts(session: Session, numbers: list[int], facts: BaseFacts) -> list[tuple[VersionRow, Verdict]]:
+        query = select(VersionRow).where(VersionRow.id.in_(numbers)).order_by(VersionRow.id.desc())
+        rows = session.scalars(query.options(selectinload(VersionRow.files)))
+        return [(row, version_verdict(session, row, facts)) for row in rows]
 
     def bases_for(self, ref: str, version: str | None, level: Level, limit: int, cursor: str | None) -> Page[BaseFit]:
         """Registered bases that a version fits at `level` or better: best first, then by name."""
@@ -201,33 +270,32 @@ class Matching:
         yield Level.INCOMPATIBLE, every
 
 
-def _stages(session: Session, row: BaseModelRow, facts: BaseFacts) -> Iterator[_Stage]:
-    """The levels of a base, best first; no version fulfils two."""
-    fitting = [
-        digest
-        for digest in session.scalars(select(SignatureRow.digest))
-        if not BINDINGS.get(session, digest, facts).mismatches
-    ]
-    fits = or_(VersionRow.signature.in_(fitting), VersionRow.signature.is_(None))
-    own = VersionRow.base_fingerprint == row.fingerprint
+def levels_of(session: Session, row: BaseModelRow, facts: BaseFacts) -> dict[Level, tuple[Part, ...]]:
+    """The versions of each level, best first, for one base. Those before shape may hold some that do not bind."""
+    fitting, others = [], []
+    for digest, binding in bindings(session, session.scalars(select(SignatureRow.digest)), facts).items():
+        (others if binding.mismatches else fitting).append(digest)
     twins = select(BaseModelRow.fingerprint).where(
         BaseModelRow.value_root == row.value_root, BaseModelRow.config_digest == row.config_digest
     )
-    same_bases = [item for item in session.scalars(twins) if item != row.fingerprint]
+    same = [item for item in session.scalars(twins) if item != row.fingerprint]
     values = and_(
         VersionRow.base_value_root == row.value_root,
         VersionRow.base_config_digest == row.config_digest,
         func.coalesce(VersionRow.base_fingerprint, "") != row.fingerprint,
     )
-    same = or_(VersionRow.base_fingerprint.in_(same_bases), values)
-    relatives = [item for item in facts.relatives if item not in same_bases]
-    yield _Stage(Level.EXACT, and_(own, fits))
-    yield _Stage(Level.SAME_VALUES, and_(same, fits))
-    yield _Stage(Level.LINEAGE, and_(VersionRow.base_fingerprint.in_(relatives), _not_values(row), fits))
-    others = [row.fingerprint, *same_bases, *relatives]
-    unrelated = or_(VersionRow.base_fingerprint.is_(None), VersionRow.base_fingerprint.not_in(others))
-    yield _Stage(Level.SHAPE, and_(VersionRow.signature.in_(fitting), unrelated, _not_values(row)))
-    yield _Stage(Level.INCOMPATIBLE, VersionRow.signature.not_in(fitting))
+    relatives = [item for item in facts.relatives if item not in same]
+    family = [row.fingerprint, *same, *relatives]
+    unrelated = func.coalesce(VersionRow.base_fingerprint, "").not_in(family)
+    base = VersionRow.base_fingerprint
+    many = len(fitting) > WALK_FROM * (len(fitting) + len(others))
+    return {
+        Level.EXACT: (Part(base, (row.fingerprint,)),),
+        Level.SAME_VALUES: (Part(condition=values), *([Part(base, tuple(same))] if same else [])),
+        Level.LINEAGE: (Part(base, tuple(relatives)),) if relatives else (),
+        Level.SHAPE: (Part(VersionRow.signature, tuple(fitting), and_(unrelated, _not_values(row)), walk=many),),
+        Level.INCOMPATIBLE: (Part(VersionRow.signature, tuple(others), walk=not many),),
+    }
 
 
 def _not_values(row: BaseModelRow) -> ColumnElement[bool]:
