@@ -163,6 +163,7 @@ def plan_block(plan: PlanInfo) -> str:
             ("dtype", plan.recipe.dtype.value),
             ("export", plan.recipe.export.value),
             ("tensors", f"{plan.touched} of {plan.total} change"),
+            *(("added", item) for item in plan.additions),
             ("weights", size(plan.nbytes)),
             ("memory", f"about {size(plan.peak_bytes)} at most"),
             ("accepted", "yes" if plan.accepted else f"no: it needs more than --allow {plan.recipe.allow.value}"),

@@ -4,7 +4,8 @@
     ├── ShardPlan model-00001-of-00002.safetensors     header bytes + jobs in file order
     │   ├── TensorJob model.embed_tokens.weight        no deltas: copied
     │   └── TensorJob model.layers.0…q_proj.weight     deltas: read, merged, rounded once
-    └── …
+    ├── …
+    └── PlannedAddition                               what adapters add besides, in the order of the recipe
 
 The output keeps the base's files and order, so the plan is also an honest dry run.
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from composer.adapters import Adapter, Binding
+from composer.additions import PlannedAddition, check_stack, check_weight
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
 from composer.deltas_checkpoint import CheckpointDelta
@@ -144,6 +146,7 @@ class Plan:
     checkpoint: Checkpoint
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
+    additions: tuple[PlannedAddition, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -180,16 +183,25 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
     UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
-    IncompatibleError (two replacements of one tensor) or RecipeError (unknown method or parameter, too many adapters
-    for it, a module pattern that fits nothing).
+    IncompatibleError (two replacements of one tensor, two prefixes) or RecipeError (unknown method or parameter, too
+    many adapters for it, a module pattern that fits nothing, weights changed after an addition).
     """
     find_scheme(checkpoint.config)
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
-    _check_terms(method, [term for term in terms if _counts(term)])
+    counted = [term for term in terms if _counts(term)]
+    _check_terms(method, [term for term in counted if not term.adapter.adds])
+    check_stack(
+        [term.label for term in counted],
+        [[addition.family for addition in term.adapter.additions()] for term in counted],
+    )
+    additions: list[PlannedAddition] = []
     changes: dict[str, list[WeightedDelta]] = {}
     for index, term in enumerate(terms):
         resolved = _resolve(term, checkpoint)
+        if term.adapter.adds:
+            check_weight(term.label, term.weight, term.modules)
+            additions += [PlannedAddition(each, index) for each in term.adapter.additions() if _counts(term)]
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
@@ -206,7 +218,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards))
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), tuple(additions))
 
 
 def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
@@ -234,8 +246,8 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
             remedy="see 'registry bases ADAPTER' for the bases it fits",
             keys=[mismatch.parameter for mismatch in binding.mismatches],
         )
-    deltas = term.adapter.deltas(binding.names)
-    consumed = {source.name for delta in deltas for source in delta.sources}
+    deltas, additions = term.adapter.deltas(binding.names), term.adapter.additions()
+    consumed = {source.name for part in (*deltas, *additions) for source in part.sources}
     wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
     targets = [delta.target for delta in deltas]
     if wrong or len(set(targets)) != len(targets):
@@ -249,6 +261,8 @@ def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
         )
     for delta in deltas:
         _check_layout(term.label, delta, checkpoint)
+    for addition in additions:
+        addition.check(term.label, checkpoint)
     return deltas
 
 

@@ -43,7 +43,7 @@ def composition_record(
         adapters.append(
             {"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"), "survival": share}
         )
-        if term.weight and norm == 0 and index not in replacing:
+        if term.weight and norm == 0 and index not in replacing and not term.adapter.adds:
             warnings.append(f"{term.label} changes nothing: its delta is zero")
         elif share is not None and share < LOW_SURVIVAL:
             remedy = "rounding: compose with --dtype fp16 or fp32" if plan.recipe.rank is None else "at this --rank"
@@ -56,6 +56,7 @@ def composition_record(
         "recipe_text": str(plan.recipe),
         "base": inputs.get("base", {}),
         "adapters": adapters,
+        **({"additions": _additions(plan)} if plan.additions else {}),
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
         "warnings": warnings,
         "export": exported,
@@ -63,6 +64,19 @@ def composition_record(
         "output_digest": manifest_digest(files),
     }
     return json.loads(json.dumps(record))
+
+
+def _additions(plan: Plan) -> list[dict[str, Any]]:
+    """What is added to the model, in order."""
+    return [
+        {
+            "ref": plan.terms[item.term].label,
+            "kind": plan.terms[item.term].adapter.signature.kind,
+            "family": item.addition.family,
+            "adds": item.addition.summary,
+        }
+        for item in plan.additions
+    ]
 
 
 def _version(name: str) -> str:

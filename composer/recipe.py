@@ -66,6 +66,7 @@ class Export(StrEnum):
 
     SAFETENSORS = "safetensors"
     ONNX = "onnx"
+    BUNDLE = "bundle"
     PEFT = "peft"
 
 

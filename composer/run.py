@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from composer.checkpoint import INDEX
-from composer.exporters import check_export, find_exporter, find_plan_exporter
+from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json
 from composer.kernels import (
     LoadedTerm,
@@ -75,7 +75,7 @@ def compose(
     Raises every TypedError of the steps; `out` is untouched then.
     """
     report = progress or (lambda step, done, total: None)
-    check_export(plan)
+    plan = prepare_export(plan)
     in_place = find_plan_exporter(plan.recipe.export)
     seconds: dict[str, float] = {}
     with FolderSink(out, replace=replace) as sink:
@@ -87,7 +87,7 @@ def compose(
             survival = run(plan, sink, report)
             seconds["merge"] = time.perf_counter() - started
             exporter = find_exporter(plan.recipe.export)
-            exported, export_seconds = exporter.export(sink, cache_dir, lambda step: report(step, 0, 0))
+            exported, export_seconds = exporter.export(plan, sink, cache_dir, lambda step: report(step, 0, 0))
             seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())

@@ -200,6 +200,7 @@ class PlanInfo(Schema):
     adapters: tuple[PlannedAdapter, ...]
     accepted: bool
     warnings: tuple[str, ...] = ()
+    additions: tuple[str, ...] = Field(default=(), description="what adapters add to the model, in order")
     touched: int
     total: int
     nbytes: int

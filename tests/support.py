@@ -13,7 +13,7 @@ import numpy as np
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.plan import Plan, Term, make_plan
-from composer.recipe import AdapterTerm, Dtype, Recipe
+from composer.recipe import AdapterTerm, Dtype, Export, Recipe
 from composer.run import Outcome, compose
 from composer.tensors import DTYPES, encode_header, read_header
 
@@ -74,7 +74,12 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def plan_folders(
-    base: Path, adapters: Iterable[tuple[Path, float]] = (), *, dtype: Dtype = Dtype.KEEP, method: str = "linear"
+    base: Path,
+    adapters: Iterable[tuple[Path, float]] = (),
+    *,
+    dtype: Dtype = Dtype.KEEP,
+    method: str = "linear",
+    export: Export = Export.SAFETENSORS,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
     terms = [Term(path.name, open_adapter(path), weight) for path, weight in adapters]
@@ -83,6 +88,7 @@ def plan_folders(
         adapters=tuple(AdapterTerm(ref=term.label, weight=term.weight) for term in terms),
         dtype=dtype,
         method=method,
+        export=export,
     )
     return make_plan(recipe, open_checkpoint(base), terms)
 

@@ -4,6 +4,7 @@
         .signature        what it touches: modules and sizes, known without any base
         .bind(shapes)     the same against one base: base tensor names, or the list of what does not fit
         .deltas(binding)  changes to base tensors
+        .additions()      what it adds to the model besides
 
 A kind registers itself with ``@adapter_kind``; siblings are imported in sorted order and a duplicate is an error.
 """
@@ -17,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from composer.additions import Addition
 from composer.deltas import Delta
 from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
+from composer.sizes import SIZE_MARK, model_sizes
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
 __all__ = [
@@ -46,7 +49,8 @@ ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
 class Target:
     """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout.
 
-    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE.
+    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE. An adapter that names no parameter asks for a
+    size of the model (composer.sizes), such as @hidden_size.
     """
 
     parameter: str
@@ -73,6 +77,7 @@ class Signature:
     alpha: float | None = None
     target_modules: tuple[str, ...] = ()
     optional: tuple[Target, ...] = ()
+    virtual_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,8 @@ class Mismatch:
 
     def __str__(self) -> str:
         if self.found is None:
-            return f"{self.parameter}: the base has no such tensor"
+            missing = "does not show this size" if self.parameter.startswith(SIZE_MARK) else "has no such tensor"
+            return f"{self.parameter}: the base {missing}"
         expected = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected)
         return f"{self.parameter}: the adapter expects [{expected}], the base has {list(self.found)}"
 
@@ -114,6 +120,7 @@ class AdapterKind(Protocol):
     name: str
     peft_types: tuple[str, ...]
     # A kind may set `stored_tensors`: its deltas are of the tensors that a checkpoint stores, tied ones included.
+    # One that adds to the model has `additions(config, header)`, a list of composer.additions.Addition.
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""
@@ -156,6 +163,15 @@ class Adapter:
     def deltas(self, names: Mapping[str, str]) -> list[Delta]:
         """The changes, in the order of the adapter's tensors."""
         return self.kind.deltas(self.config, self.header, names)
+
+    @property
+    def adds(self) -> bool:
+        """Whether it is of a kind that adds to the model."""
+        return hasattr(self.kind, "additions")
+
+    def additions(self) -> list[Addition]:
+        """What it adds to the model; nothing for most kinds."""
+        return self.kind.additions(self.config, self.header) if self.adds else []
 
 
 K = TypeVar("K", bound=AdapterKind)
@@ -246,7 +262,22 @@ def _find_kind(config: dict[str, Any]) -> AdapterKind:
 
 
 def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-    """Match adapter parameter names to base tensor names, exactly or through one missing or extra prefix.
+    """Match adapter parameter names to base tensor names, and sizes of the model to what its shapes show."""
+    parameters = tuple(target for target in targets if not target.parameter.startswith(SIZE_MARK))
+    binding = _bind_parameters(parameters, shapes)
+    if len(parameters) == len(targets):
+        return binding
+    sizes = model_sizes(shapes)
+    mismatches = tuple(
+        Mismatch(target.parameter, target.shape, sizes.get(target.parameter))
+        for target in targets
+        if target.parameter.startswith(SIZE_MARK) and not target.fits(sizes.get(target.parameter))
+    )
+    return Binding(binding.names, (*mismatches, *binding.mismatches))
+
+
+def _bind_parameters(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Match names exactly or through one missing or extra prefix.
 
     A trainer saves ``model.layers.0…`` or ``bert.encoder…`` as its class nests modules; a checkpoint saved without
     its head lacks that prefix, one saved inside a wrapper has one more. One prefix rule must hold for all targets.

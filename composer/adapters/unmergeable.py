@@ -1,4 +1,4 @@
-"""Kinds of adapters whose effect is not a change of weights: recognised, and refused with the reason."""
+"""Kinds of adapters that are neither a change of weights nor an addition: recognised, and refused with the reason."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from composer.tensors import SafetensorsHeader
 
 __all__ = ["REASONS", "Unmergeable"]
 
-_TOKENS = "it puts trained vectors before the input's embeddings, and no weight of the base holds those"
-_CACHE = "it puts trained keys and values before those of the input, in every attention layer"
 _ROUTED = "which of its parts act depends on the input, and one weight cannot"
 REASONS = {
-    "PROMPT_TUNING": _TOKENS,
-    "MULTITASK_PROMPT_TUNING": _TOKENS,
-    "P_TUNING": _TOKENS,
-    "CPT": _TOKENS,
-    "PREFIX_TUNING": _CACHE,
-    "CARTRIDGE": _CACHE,
+    "MULTITASK_PROMPT_TUNING": "it puts trained vectors of one task of several before the input's embeddings",
     "ADAPTION_PROMPT": "it adds a gated attention over trained vectors to the layers",
     "XLORA": _ROUTED,
     "POLY": _ROUTED,

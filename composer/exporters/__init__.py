@@ -2,6 +2,7 @@
 
 safetensors   the checkpoint itself
 onnx          the checkpoint and a graph whose weights lie in its safetensors files
+bundle        the checkpoint, and its additions in files beside it
 peft          a LoRA in place of the checkpoint
 """
 
@@ -13,24 +14,33 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from composer.checkpoint import Checkpoint
-from composer.errors import RecipeError
+from composer.errors import RecipeError, UnsupportedAdapterError
+from composer.exporters.bundle import BundleExporter
 from composer.exporters.peft import PeftExporter
+from composer.exporters.safetensors import SafetensorsExporter
 from composer.kernels import Survival
 from composer.plan import Plan
 from composer.sinks import FolderSink
 
-__all__ = ["Exporter", "PlanExporter", "check_export", "find_exporter", "find_plan_exporter"]
+__all__ = ["Exporter", "PlanExporter", "find_exporter", "find_plan_exporter", "prepare_export"]
 
 
 class Exporter(Protocol):
     """Turns the checkpoint in a sink's folder into an artefact."""
 
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Raise before anything is written when this base cannot be exported."""
+    def prepare(self, plan: Plan) -> Plan:
+        """The plan of the checkpoint that this target needs; most need the one that was made.
+
+        Raises before anything is written when the base, or an addition of the plan, cannot be exported.
+        """
+        ...
+
+    def plan_files(self, plan: Plan) -> dict[str, int]:
+        """The large files that it adds to the checkpoint's, where their size is known beforehand, in bytes."""
         ...
 
     def export(
-        self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
+        self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Add files to the sink. Returns the facts for composition.json, and seconds by step."""
         ...
@@ -54,21 +64,24 @@ class PlanExporter(Protocol):
         ...
 
 
-class SafetensorsExporter:
-    """The checkpoint as it is: any engine reads it."""
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Every checkpoint will do."""
-
-    def export(
-        self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Nothing to add."""
-        return {"format": "safetensors"}, {}
-
-
 class OnnxExporter:
     """A graph beside the weights, verified in ONNX Runtime."""
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
+        self.check(plan.checkpoint)
+        for item in plan.additions:
+            raise UnsupportedAdapterError(
+                f"{plan.terms[item.term].label} cannot become part of a graph yet",
+                expected="adapters that change weights",
+                found=f"{plan.terms[item.term].adapter.signature.kind}: {item.addition.summary}",
+                remedy="export bundle, which keeps it in a file for transformers",
+            )
+        return plan
+
+    def plan_files(self, plan: Plan) -> dict[str, int]:
+        """The size of a graph is known once it is traced."""
+        return {}
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UnsupportedArchitectureError for a model that cannot be traced."""
@@ -80,7 +93,7 @@ class OnnxExporter:
         supported(config)
 
     def export(
-        self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
+        self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Write model.onnx and compare it with torch."""
         from composer.exporters.onnx import export_onnx
@@ -95,7 +108,11 @@ class OnnxExporter:
 
 
 PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}
-EXPORTERS: dict[str, Exporter] = {"safetensors": SafetensorsExporter(), "onnx": OnnxExporter()}
+EXPORTERS: dict[str, Exporter] = {
+    "safetensors": SafetensorsExporter(),
+    "onnx": OnnxExporter(),
+    "bundle": BundleExporter(),
+}
 
 
 def find_exporter(name: str) -> Exporter:
@@ -108,8 +125,11 @@ def find_plan_exporter(name: str) -> PlanExporter | None:
     return PLAN_EXPORTERS.get(name)
 
 
-def check_export(plan: Plan) -> None:
-    """Raise before anything is written when this plan cannot be exported as its recipe says."""
+def prepare_export(plan: Plan) -> Plan:
+    """The plan of what is written for the export that its recipe names.
+
+    Raises before anything is written when this plan cannot be exported so.
+    """
     in_place = find_plan_exporter(plan.recipe.export)
     if plan.recipe.rank is not None and in_place is None:
         raise RecipeError(
@@ -120,5 +140,5 @@ def check_export(plan: Plan) -> None:
         )
     if in_place is not None:
         in_place.check_plan(plan)
-    else:
-        find_exporter(plan.recipe.export).check(plan.checkpoint)
+        return plan
+    return find_exporter(plan.recipe.export).prepare(plan)

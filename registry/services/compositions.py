@@ -21,7 +21,7 @@ import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import TypedError, WeakCompatibilityError
-from composer.exporters import check_export, find_plan_exporter
+from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
 from composer.plan import Plan, Term, make_plan
 from composer.provenance import manifest_digest
@@ -135,13 +135,16 @@ class Compositions:
     def plan(self, recipe: Recipe) -> PlanInfo:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
         resolved = self.resolve(recipe)
-        plan = self._plan(resolved)
-        check_export(plan)
+        plan = prepare_export(self._plan(resolved))
         in_place = find_plan_exporter(recipe.export)
         per_term = [
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
-        files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
+        if in_place:
+            files = in_place.plan_files(plan)
+        else:
+            added = find_exporter(recipe.export).plan_files(plan)
+            files = {**{shard.name: shard.nbytes for shard in plan.shards}, **added}
         companions = (
             {}
             if in_place
@@ -165,6 +168,7 @@ class Compositions:
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             warnings=tuple(resolved.warnings),
+            additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
             nbytes=sum(files.values()),

@@ -128,8 +128,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
-# tests/composer/test_merge_oracles.py; test_kinds_that_… below; tests/composer/test_checkpoint_delta.py
-ELSEWHERE = {"lora", "unmergeable", "checkpoint-delta"}
+# tests/composer/test_merge_oracles.py; test_kinds_that_… below; tests/composer/test_checkpoint_delta.py; test_prompts.py
+ELSEWHERE = {"lora", "unmergeable", "checkpoint-delta", "prompt-tuning", "p-tuning", "cpt", "prefix-tuning"}
 
 
 @pytest.fixture(scope="module")
