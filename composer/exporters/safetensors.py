@@ -15,6 +15,7 @@ __all__ = ["SafetensorsExporter"]
 
 REASONS = {
     "prompt": "a soft prompt is no weight of the base",
+    "bottleneck": "it puts small networks with a nonlinearity between the layers, which no weight can hold",
     "prefix": "a prefix is keys and values, and no weight of the base holds those",
 }
 
