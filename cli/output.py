@@ -21,7 +21,7 @@ __all__ = ["block", "clean", "emit", "short", "size", "table"]
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 DIGEST_DIGITS = 12
-NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?(%| B| [KMGT]iB)?")
+NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?(%| B| [KMGT]iB|×)?")
 
 
 def emit(
