@@ -33,7 +33,8 @@ from registry.db import session_scope
 from registry.errors import BaseChangedError
 from registry.interface import Progress
 from registry.models import BaseFileRow, BaseModelRow, CompositionRow, VersionRow
-from registry.schemas import CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
+from registry.preflight import plan_advice
+from registry.schemas import Advice, CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim, version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
@@ -168,6 +169,7 @@ class Compositions:
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             warnings=tuple(resolved.warnings),
+            advice=tuple(plan_advice(plan)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
@@ -185,9 +187,9 @@ class Compositions:
             _require(recipe.allow, item, recipe.base)
         if (earlier := _earlier(out, resolved.key)) is not None:
             return _info(recipe, out, earlier, cached=True, seconds={})
-        outcome = compose(
-            plan, out, inputs=resolved.inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace
-        )
+        advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
+        inputs = {**resolved.inputs, "advice": advice}
+        outcome = compose(plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace)
         self._record(resolved, outcome.record)
         return _info(recipe, out, outcome.record, cached=False, seconds=outcome.seconds)
 
@@ -341,6 +343,7 @@ def _info(
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
         warnings=tuple(record["warnings"]),
+        advice=tuple(Advice(**entry) for entry in record.get("advice", ())),
         record=record,
         seconds=seconds,
     )
