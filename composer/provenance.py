@@ -35,7 +35,7 @@ def composition_record(
 ) -> dict[str, Any]:
     """The record as JSON-ready fields. `inputs` has `base` and a list `adapters`, one entry a term."""
     adapters = []
-    warnings: list[str] = list(inputs.get("warnings", ()))
+    warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
     known = inputs.get("adapters") or [{} for _ in plan.terms]
     replacing = {item.term for job in plan.jobs for item in job.deltas if item.delta.replaces}
     measured = zip(plan.terms, survival.shares(), survival.norms(), known, strict=True)

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from composer.kernels import (
     restores,
 )
 from composer.methods import BoundMethod, find_method
-from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
+from composer.plan import IN_FLIGHT, THREADS, NewRows, Plan, ShardPlan, TensorJob
 from composer.provenance import composition_record
 from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
@@ -120,7 +120,7 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
                     progress("merging", done, total)
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
-    for name in copy_names(plan.checkpoint.files):
+    for name in dict.fromkeys((*copy_names(plan.checkpoint.files), *plan.files)):
         sink.write(name, _companion(plan, name))
     return survival
 
@@ -159,17 +159,77 @@ Block = tuple[memoryview | Unread, Survival | None, np.ndarray | None]
 def _blocks(shard: ShardPlan, plan: Plan) -> Iterator[Callable[[], Block]]:
     """One task a block, in file order; a tensor's deltas are loaded when its first block is asked for."""
     for job in shard.jobs:
-        if job.copied:
-            for start in range(0, job.nbytes, COPY_BYTES):
-                yield partial(_copy, job, start, min(start + COPY_BYTES, job.nbytes))
-            continue
-        if job.streamed:
-            yield from (partial(_merge_streamed, job, plan, start, stop) for start, stop in job.blocks)
-            continue
-        terms = [LoadedTerm(item.delta.load(), item.weight, item.term) for item in job.deltas]
-        for start, stop in job.blocks:
-            if job.matrix[1]:
-                yield partial(_merge, job, plan, terms, start, stop)
+        if job.new_rows is None:
+            yield from (task for _, _, task in _job_blocks(job, plan))
+        else:
+            yield from _grown_blocks(job, job.new_rows, plan)
+
+
+def _job_blocks(job: TensorJob, plan: Plan) -> Iterator[tuple[int, int, Callable[[], Block]]]:
+    """(first byte, last byte, task) of each block of a tensor."""
+    if job.copied:
+        for start in range(0, job.nbytes, COPY_BYTES):
+            stop = min(start + COPY_BYTES, job.nbytes)
+            yield start, stop, partial(_copy, job, start, stop)
+        return
+    merge, width = _merger(job, plan), job.matrix[1] * DTYPES[job.dtype].itemsize
+    for start, stop in job.blocks:
+        if width:
+            yield start * width, stop * width, partial(merge, start, stop)
+
+
+def _merger(job: TensorJob, plan: Plan) -> Callable[[int, int], Block]:
+    """What merges rows [start, stop) of a tensor, with its deltas loaded."""
+    if job.streamed:
+        return partial(_merge_streamed, job, plan)
+    return partial(_merge, job, plan, [LoadedTerm(item.delta.load(), item.weight, item.term) for item in job.deltas])
+
+
+def _grown_blocks(job: TensorJob, new: NewRows, plan: Plan) -> Iterator[Callable[[], Block]]:
+    """The tensor's own rows, with the new ones between or behind them."""
+    old = replace(job, new_rows=None)
+    width = job.matrix[1] * DTYPES[job.dtype].itemsize
+    first, last = new.start * width, (new.start + new.count) * width
+    for start, stop, task in _job_blocks(old, plan):
+        if start < first:
+            yield partial(_cut, task, 0, min(stop, first) - start)
+    yield partial(_new_rows, old, new, plan)
+    for start, stop, task in _job_blocks(old, plan) if last < old.nbytes else ():
+        if stop > last:
+            yield partial(_cut, task, max(start, last) - start, stop - start)
+
+
+def _cut(task: Callable[[], Block], first: int, last: int) -> Block:
+    """Bytes [first, last) of a block."""
+    data, measured, spare = task()
+    if isinstance(data, Unread):
+        return Unread(data.source, data.start + first, data.start + last), measured, spare
+    return data[first:last], measured, spare
+
+
+def _new_rows(job: TensorJob, new: NewRows, plan: Plan) -> Block:
+    """The rows that a vocabulary gains; `job` is the tensor without them."""
+    if new.prompts:
+        rows = np.concatenate([prompt.load() for prompt in new.prompts]) / np.float32(new.scale)
+    else:
+        rows = np.repeat(_mean(job, new.start, plan)[None], new.count, 0)
+    return (
+        memoryview(np.ascontiguousarray(cast_block(rows, job.dtype, job.name)).reshape(-1).view(np.uint8)),
+        None,
+        None,
+    )
+
+
+def _mean(job: TensorJob, rows: int, plan: Plan) -> np.ndarray:
+    """The mean of the first `rows` rows of a tensor as it is written, float32 [numbers a row]."""
+    total = np.zeros(job.matrix[1])
+    merge = _merger(job, plan)
+    for start, stop in job.blocks:
+        if start < rows:
+            data, _, _ = merge(start, stop)
+            block = np.frombuffer(data, DTYPES[job.dtype]).reshape(stop - start, -1)
+            total += block[: rows - start].astype(np.float64).sum(0)
+    return (total / rows).astype(np.float32)
 
 
 def _copy(job: TensorJob, start: int, stop: int) -> Block:
@@ -283,7 +343,7 @@ def _method(plan: Plan, job: TensorJob) -> BoundMethod:
 
 
 def _index(plan: Plan) -> bytes:
-    weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
+    weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
     index = {
         "metadata": {"total_size": sum(job.nbytes for job in plan.jobs)},
         "weight_map": dict(sorted(weight_map.items())),
@@ -292,13 +352,17 @@ def _index(plan: Plan) -> bytes:
 
 
 def _companion(plan: Plan, name: str) -> bytes:
-    """A file of the base that goes along; config.json names the new dtype where that changed, and no quantisation."""
+    """A file that goes along, the base's or the plan's own; config.json names a new dtype and other sizes."""
+    if name in plan.files:
+        return plan.files[name]
     path = plan.checkpoint.files[name]
     dtype = plan.config_dtype
-    if name != "config.json" or dtype is None:
+    if name != "config.json" or (dtype is None and not plan.config_changes):
         return path.read_bytes()
     config = read_json(path)
-    config.pop("torch_dtype", None)
-    config.pop("quantization_config", None)
-    config["dtype"] = CONFIG_DTYPE[dtype]
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config.pop("quantization_config", None)
+        config["dtype"] = CONFIG_DTYPE[dtype]
+    config.update(plan.config_changes)
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
