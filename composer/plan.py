@@ -33,7 +33,8 @@ from composer.errors import (
 from composer.methods import MergeMethod, find_method
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
-from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.writer import ROOM_BYTES
 
 __all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan", "tied"]
 
@@ -43,6 +44,7 @@ STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another 
 FACTOR_BYTES = 64 << 20  # more factors than this are not held at once
 THREADS = min(4, os.cpu_count() or 1)
 IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
+ROOMS = IN_FLIGHT + 4  # buffers of the output: those, and some on their way to the disk
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
 SCRATCH = 32  # bytes a number and delta that a method holds besides its arguments: masks, ranks, random numbers
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
@@ -214,7 +216,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
-        return max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
+        largest = max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
+        return largest + ROOMS * ROOM_BYTES
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
@@ -462,7 +465,7 @@ def _factor_bytes(job: TensorJob) -> int:
 
 def _block_bytes(job: TensorJob) -> int:
     if job.copied:
-        return COPY_BYTES
+        return 0
     rows, columns = job.matrix
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize
