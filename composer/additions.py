@@ -2,6 +2,7 @@
 
     SoftPrompt   [k, d]             vectors before the embeddings of every input    prompt tuning, p-tuning, CPT …
     Prefix       L x 2 x [h, k, D]  keys and values before the cache of every input prefix tuning, P-Tuning v2
+    Bottlenecks  composer.bottlenecks: small networks at the ends of sublayers      Houlsby, Pfeiffer, parallel
 
     tokens       1 … k      k+1 … k+n
                  virtual    the input: what it attends to, and where it stands, includes the virtual ones
@@ -12,9 +13,9 @@ artefact is the exporter's matter. Additions stand after the adapters that chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -43,6 +44,10 @@ class Addition(Protocol):
 
     def check(self, label: str, checkpoint: Checkpoint) -> None:
         """Raise IncompatibleError where this base cannot take it, for reasons that shapes do not show."""
+        ...
+
+    def bound(self, names: Mapping[str, str]) -> Self:
+        """The same for one base; names: from the adapter's parameters to the base's."""
         ...
 
 
@@ -83,6 +88,9 @@ class SoftPrompt:
     def check(self, label: str, checkpoint: Checkpoint) -> None:
         """Raise UnsupportedAdapterError for an encoder-decoder: it has two inputs to stand before."""
         _check_decoder(label, checkpoint)
+
+    def bound(self, names: Mapping[str, str]) -> Self:
+        return self
 
     def load(self) -> np.ndarray:
         """float32 [k, d]."""
@@ -134,6 +142,9 @@ class Prefix:
                 remedy="compose it with the base it was trained on",
                 keys=[self.flat.name],
             )
+
+    def bound(self, names: Mapping[str, str]) -> Self:
+        return self
 
     def load(self) -> np.ndarray:
         """float32 [layers, 2, heads, k, head size]: keys, then values."""

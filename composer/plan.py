@@ -20,6 +20,7 @@ from typing import Any
 
 from composer.adapters import Adapter, Binding
 from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight
+from composer.bottlenecks import Bottlenecks, stack_sites
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
 from composer.deltas_checkpoint import CheckpointDelta
@@ -30,6 +31,7 @@ from composer.errors import (
     TiedWeightsError,
     UnsupportedAdapterError,
 )
+from composer.files import read_json
 from composer.methods import MergeMethod, find_method
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
@@ -38,6 +40,7 @@ from composer.writer import ROOM_BYTES
 
 __all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan", "tied"]
 
+RECORD = "composition.json"
 BLOCK_BYTES = 2 << 20
 TILE_ROWS = 4  # the compiled kernel merges so many rows at a time, the rest of a block slowly
 STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another for each block
@@ -226,10 +229,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
     UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
-    IncompatibleError (two replacements of one tensor, two prefixes) or RecipeError (unknown method or parameter, too
-    many adapters for it, a module pattern that fits nothing, weights changed after an addition).
+    IncompatibleError (two replacements of one tensor, two prefixes, a base with additions beside its weights) or
+    RecipeError (unknown method or parameter, too many adapters for it, a module pattern that fits nothing, weights
+    changed after an addition).
     """
     find_scheme(checkpoint.config)
+    _check_whole(checkpoint)
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
     counted = [term for term in terms if _counts(term)]
@@ -244,11 +249,15 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
         resolved = _resolve(term, checkpoint)
         if term.adapter.adds:
             check_weight(term.label, term.weight, term.modules)
-            additions += [PlannedAddition(each, index) for each in term.adapter.additions() if _counts(term)]
+            names = term.adapter.bind(checkpoint.shapes).names
+            additions += [
+                PlannedAddition(each.bound(names), index) for each in term.adapter.additions() if _counts(term)
+            ]
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
                 changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
+    stack_sites([item.addition for item in additions if isinstance(item.addition, Bottlenecks)])
     for target, deltas in changes.items():
         _check_combination(target, deltas, terms, checkpoint)
         _check_factors(method, target, deltas, terms)
@@ -266,6 +275,20 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
 def encode_shard(jobs: Sequence[TensorJob]) -> bytes:
     """The header of a file that holds these tensors in order."""
     return encode_header([(job.name, job.dtype, job.shape) for job in jobs], {"format": "pt"})
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    """Raise IncompatibleError for a composed model whose additions lie beside its weights: they would be lost."""
+    record = read_json(checkpoint.files[RECORD]) if RECORD in checkpoint.files else {}
+    added = record.get("additions")
+    beside = isinstance(record.get("export"), dict) and record["export"].get("format") != "safetensors"
+    if added and beside:
+        raise IncompatibleError(
+            f"the base is a composition whose additions lie beside its weights: {record.get('recipe_text')}",
+            expected="a base that is all in its weights",
+            found=added,
+            remedy="compose from the base that it was made of, with its adapters in the recipe",
+        )
 
 
 def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:

@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from composer.bottlenecks import Bottlenecks
 from composer.checkpoint import Checkpoint
 from composer.errors import RecipeError, UnsupportedAdapterError
 from composer.exporters.bundle import BundleExporter
+from composer.exporters.companions import companion_files, write_companions
 from composer.exporters.peft import PeftExporter
 from composer.exporters.safetensors import SafetensorsExporter
 from composer.kernels import Survival
@@ -71,17 +73,19 @@ class OnnxExporter:
         """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
         self.check(plan.checkpoint)
         for item in plan.additions:
+            if item.addition.family == Bottlenecks.family:
+                continue
             raise UnsupportedAdapterError(
                 f"{plan.terms[item.term].label} cannot become part of a graph yet",
-                expected="adapters that change weights",
+                expected="adapters that change weights, and bottlenecks",
                 found=f"{plan.terms[item.term].adapter.signature.kind}: {item.addition.summary}",
                 remedy="export bundle, which keeps it in a file for transformers",
             )
         return plan
 
     def plan_files(self, plan: Plan) -> dict[str, int]:
-        """The size of a graph is known once it is traced."""
-        return {}
+        """The bottlenecks; the size of a graph is known once it is traced."""
+        return companion_files(plan)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UnsupportedArchitectureError for a model that cannot be traced."""
@@ -95,16 +99,17 @@ class OnnxExporter:
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Write model.onnx and compare it with torch."""
+        """Write model.onnx, whose bottlenecks lie beside the weights, and compare it with torch."""
         from composer.exporters.onnx import export_onnx
 
+        added = {"additions": write_companions(plan, sink)} if plan.additions else {}
         result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress)
         for name in result.files:
             sink.adopt(name)
         facts = asdict(result)
         seconds = facts.pop("seconds")
         facts.pop("graph_cached")
-        return {"format": "onnx", **facts}, seconds
+        return {"format": "onnx", **facts, **added}, seconds
 
 
 PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}

@@ -2,6 +2,7 @@
 
 soft_prompt.safetensors        embeddings [k, d]                              the prompts one after the other
 past_key_values.safetensors    layers.<i>.key, layers.<i>.value [1, h, k, D]  what transformers' DynamicCache holds
+bottlenecks.safetensors        <i>.<module>.down.weight [r, d], …             and bottlenecks.json: composer.bottlenecks
 
 docs/additions.md shows how transformers runs each.
 """
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from composer.additions import Addition, Prefix, SoftPrompt
+from composer.bottlenecks import BUNDLE, TENSORS, Bottlenecks, bundle_json, stack_sites
+from composer.deltas import read_array
 from composer.peft_format import write_tensors
 from composer.plan import Plan
 from composer.sinks import FolderSink
@@ -55,9 +58,19 @@ def _prefix_tensors(prefixes: Sequence[Prefix]) -> Iterator[tuple[str, np.ndarra
             yield f"layers.{layer}.{part}", values[None]
 
 
+def _bottleneck_layout(additions: Sequence[Bottlenecks]) -> Layout:
+    return [(name, spec.shape) for name, spec in stack_sites(additions)[1].items()]
+
+
+def _bottleneck_tensors(additions: Sequence[Bottlenecks]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, spec in stack_sites(additions)[1].items():
+        yield name, read_array(spec)
+
+
 COMPANIONS = {
     SoftPrompt.family: Companion("soft_prompt.safetensors", _prompt_layout, _prompt_tensors),
     Prefix.family: Companion("past_key_values.safetensors", _prefix_layout, _prefix_tensors),
+    Bottlenecks.family: Companion(TENSORS, _bottleneck_layout, _bottleneck_tensors),
 }
 
 
@@ -77,6 +90,9 @@ def write_companions(plan: Plan, sink: FolderSink) -> dict[str, str]:
     for family, additions in _by_family(plan).items():
         files[family] = COMPANIONS[family].file
         write_tensors(sink, files[family], COMPANIONS[family].tensors(additions))
+        if family == Bottlenecks.family:
+            labels = [plan.terms[item.term].label for item in plan.additions if item.addition.family == family]
+            sink.write(BUNDLE, bundle_json(labels, stack_sites(additions)[0]))
     return files
 
 

@@ -15,6 +15,11 @@ from composer.sinks import FolderSink
 
 __all__ = ["SafetensorsExporter"]
 
+REASONS = {
+    "bottleneck": "it puts small networks with a nonlinearity between the layers, which no weight can hold",
+    "prefix": "it puts keys and values into the cache, which no weight holds and no token of a vocabulary gives",
+}
+
 
 class SafetensorsExporter:
     """Nothing but weights, and the files that go along."""
@@ -28,8 +33,7 @@ class SafetensorsExporter:
             if item.addition.family != SoftPrompt.family:
                 term = plan.terms[item.term]
                 raise UnsupportedAdapterError(
-                    f"{term.label} cannot be written as a plain checkpoint: it is no weight, and no token of the "
-                    f"vocabulary would do the same ({item.addition.summary})",
+                    f"{term.label} cannot be written as a plain checkpoint: {REASONS[item.addition.family]}",
                     expected="adapters that change weights, and soft prompts",
                     found=f"{term.adapter.signature.kind}: {item.addition.summary}",
                     remedy=f"export bundle, which keeps it in {COMPANIONS[item.addition.family].file} for transformers",

@@ -5,6 +5,7 @@
     encoder     one prompt, prompts and random ids as batches with right padding
 
 The torch model comes from `from_pretrained`, which finds the weights by its own rules: it shares nothing with `bind`.
+Bottlenecks are hooked into it by composer.runtime, which shares nothing with the nodes that the graph has for them.
 Only positions that are not padding are compared.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer.bottlenecks import BUNDLE
 from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.session import forward, open_session
@@ -92,6 +94,10 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
 
     cls = getattr(transformers, architecture.name)
     module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    if (folder / BUNDLE).is_file():
+        from composer.runtime.bottlenecks import attach
+
+        attach(module, folder)
     session = open_session(model_path)
     config = module.config
     texts = _text_prompts(folder, config)
