@@ -1,255 +1,260 @@
-"""The compiled forms of composer.product; importing this compiles nothing, the first call does and keeps it on disk.
+"""The compiled forms of composer.product: LLVM code for the processor at hand, made in milliseconds a process.
 
-right is packed in panels of 16 columns:  [panel][rank][16]
-4 rows × 16 columns are held in registers while the rank runs, and through scale, weight, base and rounding
+    right is packed in panels of `width` columns, two vectors:  [panel][rank][width]
+    ROWS × width sums are held in registers while the rank runs, and through scale, weight, base and rounding
+
+The code knows whole tiles only; a rest of rows or columns goes through a padded copy.
 """
 
 from __future__ import annotations
 
-from itertools import product
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 __all__ = ["add_product_into", "product_into"]
 
-LANES, ROWS, WIDTH = 8, 4, 16
-FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-HALVES = ir.VectorType(ir.IntType(16), LANES)
+ROWS, VECTORS = 4, 2  # of a tile: rows, and vectors in each
+STRIP = 16  # panels: their part of `right` stays in the second-level cache while all rows run
 EXPONENT, LOWEST = 0x7F800000, 0x00800000  # of a float32: all ones plus the lowest overflows into the highest bit
-COLUMNS = 512  # a strip of columns of this width is packed at once: it stays in the second-level cache
+SIZE, WORD, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 
 
-def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    name = "llvm.fma.v8f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
-    found = builder.module.globals.get(name)
-    return builder.call(found or ir.Function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name), [a, b, c])
+def product_into(out: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """out = left·right, float32, C-contiguous."""
+    code = _compiled()
+    for part, rows, packed in _tiles(out, left, right, code.width):
+        code.product(
+            part.ctypes.data, part.strides[0] // 4, rows.ctypes.data, packed.ctypes.data, *_sizes(rows, packed)
+        )
 
 
-@intrinsic
-def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a·b + c with one rounding (IEEE 754 fusedMultiplyAdd), float32."""
-    scalar = types.float32
-    return scalar(scalar, scalar, scalar), lambda context, builder, signature, args: _fused(builder, *args)
+def add_product_into(
+    block: np.ndarray, left: np.ndarray, right: np.ndarray, ends: np.ndarray, scales: np.ndarray, weights: np.ndarray
+) -> bool:
+    """block += Σ weight·(scale·left·right), bf16 bits in place; term i has the ranks up to ends[i].
 
-
-class _Registers:
-    """Writes the code of one tile: ROWS × WIDTH sums in vector registers.
-
-    left: float32 [rows, ranks] and packed: float32, one dimension, as numba passes them.
+    block: uint16; left, right, scales, weights: float32; ends: int64; all C-contiguous. Returns whether every sum and
+    result is finite; where not, the block is lost.
     """
+    code, special = _compiled(), 0
+    terms = (ends.ctypes.data, scales.ctypes.data, weights.ctypes.data, len(ends))
+    for part, rows, packed in _tiles(block, left, right, code.width):
+        special |= code.merge(
+            part.ctypes.data, part.strides[0] // 2, rows.ctypes.data, packed.ctypes.data, *_sizes(rows, packed), *terms
+        )
+    return not special >> 31
 
-    def __init__(self, context: Any, builder: Any, left: Any, packed: Any) -> None:
-        self.builder, self.size = builder, context.get_value_type(types.intp)
-        self.left, self.packed, self.ranks = left, packed, self.row_length(left, 4)
 
-    def number(self, value: int) -> Any:
-        return ir.Constant(self.size, value)
+def _sizes(left: np.ndarray, packed: np.ndarray) -> tuple[int, int, int]:
+    return len(left), len(packed), left.shape[1]
 
-    def row_length(self, array: Any, itemsize: int) -> Any:
-        """Items between two rows of a C-contiguous array of two dimensions."""
-        return self.builder.udiv(cgutils.unpack_tuple(self.builder, array.strides, 2)[0], self.number(itemsize))
 
-    def vector_at(self, data: Any, index: Any, kind: Any) -> Any:
-        return self.builder.bitcast(self.builder.gep(data, [index]), kind.as_pointer())
+def _tiles(
+    block: np.ndarray, left: np.ndarray, right: np.ndarray, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The block in parts of whole tiles, each with its rows of left and its panels of right.
 
-    def sums(self, start: float) -> list[Any]:
-        """Variables for the vectors of a tile, row by row; LLVM keeps them in registers."""
-        found = [cgutils.alloca_once(self.builder, FLOATS) for _ in range(ROWS * WIDTH // LANES)]
-        self.fill(found, start)
-        return found
+    What is left of the rows and columns is given as a copy, padded with zeros, and taken back afterwards.
+    """
+    (rows, columns), ranks = block.shape, right.shape[0]
+    whole_rows, whole_columns = rows - rows % ROWS, columns - columns % width
+    panels = -(-columns // width)
+    padded = right if columns == panels * width else np.pad(right, ((0, 0), (0, panels * width - columns)))
+    packed = np.ascontiguousarray(padded.reshape(ranks, panels, width).transpose(1, 0, 2))
+    full = whole_columns // width
+    if whole_rows and full:
+        yield block[:whole_rows, :whole_columns], left[:whole_rows], packed[:full]
+    rests = [(0, rows, whole_columns, columns, packed[full:]), (whole_rows, rows, 0, whole_columns, packed[:full])]
+    for top, bottom, first, last, part in rests:
+        if top == bottom or first == last:
+            continue
+        height = -(-(bottom - top) // ROWS) * ROWS
+        copy = np.zeros((height, len(part) * width), block.dtype)
+        copy[: bottom - top, : last - first] = block[top:bottom, first:last]
+        yield copy, np.pad(left[top:bottom], ((0, height - (bottom - top)), (0, 0))), part
+        block[top:bottom, first:last] = copy[: bottom - top, : last - first]
+
+
+@dataclass(frozen=True, slots=True)
+class _Code:
+    """Machine code for tiles of `width` columns, called without Python's lock; `engine` owns it."""
+
+    width: int
+    product: Callable[..., None]
+    merge: Callable[..., int]
+    engine: Any
+
+
+@cache
+def _compiled() -> _Code:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    lanes = 16 if features.get("avx512f") else 8
+    target = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=2
+    )
+    written = ir.Module("product")
+    written.triple = target.triple
+    _write_product(written, lanes)
+    _write_merge(written, lanes)
+    module = llvm.parse_assembly(str(written))
+    options = llvm.create_pipeline_tuning_options(speed_level=1)
+    passes = llvm.create_pass_builder(target, options)
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, target)
+    engine.finalize_object()
+    pointer, size, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
+    common = (pointer, size, pointer, pointer, size, size, size)
+    product = ctypes.CFUNCTYPE(None, *common)(engine.get_function_address("product"))
+    merge = ctypes.CFUNCTYPE(word, *common, pointer, pointer, pointer, size)(engine.get_function_address("merge"))
+    return _Code(VECTORS * lanes, product, merge, engine)
+
+
+class _Tile:
+    """Writes the code of ROWS × `width` sums, held as vectors of `lanes`, row by row."""
+
+    def __init__(self, builder: ir.IRBuilder, lanes: int) -> None:
+        self.builder, self.lanes, self.width = builder, lanes, VECTORS * lanes
+        self.floats, self.words = ir.VectorType(FLOAT, lanes), ir.VectorType(WORD, lanes)
+        self.halves = ir.VectorType(HALF, lanes)
+        module = builder.module
+        name = f"llvm.fma.v{lanes}f32"
+        kind = ir.FunctionType(self.floats, [self.floats] * 3)
+        self.fused = module.globals.get(name) or ir.Function(module, kind, name)
+
+    def sums(self) -> list[Any]:
+        """Variables, which LLVM keeps in registers."""
+        return [self.builder.alloca(self.floats) for _ in range(ROWS * VECTORS)]
 
     def fill(self, sums: list[Any], value: float) -> None:
         for pointer in sums:
-            self.builder.store(ir.Constant(FLOATS, [value] * LANES), pointer)
+            self.builder.store(ir.Constant(self.floats, [value] * self.lanes), pointer)
 
-    def spread(self, scalar: Any) -> Any:
-        """A vector of LANES times `scalar`."""
-        undefined = ir.Constant(FLOATS, ir.Undefined)
-        single = self.builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
-        return self.builder.shuffle_vector(single, undefined, ir.Constant(INTS, [0] * LANES))
+    def every(self, value: int) -> Any:
+        return ir.Constant(self.words, [value] * self.lanes)
 
-    def accumulate(self, sums: list[Any], row: Any, panel: Any, start: Any, stop: Any) -> None:
-        """sums += left[row:row + ROWS, start:stop] · the panel of `packed` that begins at `panel`."""
-        builder, number = self.builder, self.number
-        begins = [builder.mul(builder.add(row, number(index)), self.ranks) for index in range(ROWS)]
-        with cgutils.for_range(builder, stop, start=start) as loop:
-            first = builder.add(builder.mul(loop.index, number(WIDTH)), panel)
-            columns = [
-                builder.load(self.vector_at(self.packed.data, builder.add(first, number(part)), FLOATS), align=4)
-                for part in range(0, WIDTH, LANES)
-            ]
-            scalars = [
-                self.spread(builder.load(builder.gep(self.left.data, [builder.add(begin, loop.index)])))
-                for begin in begins
-            ]
-            for (scalar, values), pointer in zip(product(scalars, columns), sums, strict=True):
-                builder.store(_fused(builder, scalar, values, builder.load(pointer)), pointer)
+    def spread(self, pointer: Any) -> Any:
+        """A vector of the float at `pointer`."""
+        undefined = ir.Constant(self.floats, ir.Undefined)
+        single = self.builder.insert_element(undefined, self.builder.load(pointer), ir.Constant(WORD, 0))
+        return self.builder.shuffle_vector(single, undefined, self.every(0))
 
-    def places(self, array: Any, row: Any, column: Any, kind: Any, itemsize: int) -> list[Any]:
-        """Where each vector of sums belongs in `array`, whose tile begins at [row, column]."""
-        builder, number, length = self.builder, self.number, self.row_length(array, itemsize)
-        begins = [builder.add(builder.mul(builder.add(row, number(index)), length), column) for index in range(ROWS)]
-        parts = [number(part) for part in range(0, WIDTH, LANES)]
-        return [self.vector_at(array.data, builder.add(*pair), kind) for pair in product(begins, parts)]
+    def accumulate(self, sums: list[Any], rows: list[Any], panel: Any, start: Any, stop: Any) -> None:
+        """sums += left[rows, start:stop] · panel, a chain of fused multiply-adds in the order of the rank."""
+        builder = self.builder
+        with _loop(builder, start, stop, 1) as rank:
+            line = builder.gep(panel, [builder.mul(rank, ir.Constant(SIZE, self.width))])
+            vectors = [builder.load(place, align=4) for place in self.places(line, self.floats)]
+            for index, row in enumerate(rows):
+                scalar = self.spread(builder.gep(row, [rank]))
+                for vector, pointer in zip(vectors, sums[index * len(vectors) :], strict=False):
+                    builder.store(builder.call(self.fused, [scalar, vector, builder.load(pointer)]), pointer)
+
+    def places(self, line: Any, kind: Any) -> list[Any]:
+        """Pointers to the vectors that begin at `line`."""
+        builder = self.builder
+        starts = (builder.gep(line, [ir.Constant(SIZE, part)]) for part in range(0, self.width, self.lanes))
+        return [builder.bitcast(start, kind.as_pointer()) for start in starts]
+
+    def add_rounded(self, bits: Any, change: Any) -> tuple[Any, Any]:
+        """(bf16 bits + float32 change) rounded to nearest even, and the flags of what is not finite."""
+        builder, every = self.builder, self.every
+        wide = builder.bitcast(builder.shl(builder.zext(bits, self.words), every(16)), self.floats)
+        exact = builder.bitcast(builder.fadd(wide, change), self.words)
+        odd = builder.and_(builder.lshr(exact, every(16)), every(1))
+        rounded = builder.add(builder.add(exact, every(0x7FFF)), odd)
+        flags = [builder.add(builder.and_(each, every(EXPONENT)), every(LOWEST)) for each in (exact, rounded)]
+        return builder.trunc(builder.lshr(rounded, every(16)), self.halves), builder.or_(*flags)
 
 
-@intrinsic
-def tile(typing: Any, out: Any, row: Any, column: Any, left: Any, packed: Any, panel: Any) -> Any:
-    """out[row:row + 4, column:column + 16] = left[row:row + 4] · the panel of `packed` that begins at `panel`.
+@contextmanager
+def _loop(builder: ir.IRBuilder, start: Any, stop: Any, step: int) -> Iterator[Any]:
+    """The code within runs for start, start + step … while less than `stop`."""
+    before = builder.block
+    head, body = builder.append_basic_block(), builder.append_basic_block()
+    after = builder.append_basic_block()
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(SIZE)
+    index.add_incoming(start, before)
+    builder.cbranch(builder.icmp_signed("<", index, stop), body, after)
+    builder.position_at_end(body)
+    yield index
+    index.add_incoming(builder.add(index, ir.Constant(SIZE, step)), builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
 
-    out, left: float32, two dimensions, C-contiguous. packed: float32, one dimension.
-    """
-    signature = types.void(out, types.intp, types.intp, left, packed, types.intp)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        target, factors, panels = (
-            context.make_array(signature.args[index])(context, builder, args[index]) for index in (0, 3, 4)
-        )
-        _, row, column, _, _, panel = args
-        registers = _Registers(context, builder, factors, panels)
-        sums = registers.sums(0.0)
-        registers.accumulate(sums, row, panel, registers.number(0), registers.ranks)
-        places = registers.places(target, row, column, FLOATS, 4)
+@contextmanager
+def _each_tile(builder: ir.IRBuilder, width: int, arguments: list[Any]) -> Iterator[tuple[list[Any], list[Any], Any]]:
+    """The code within runs for each tile: the places of its rows in the block and in left, and its panel of right."""
+    block, length, left, packed, rows, panels, ranks = arguments
+    with _loop(builder, ir.Constant(SIZE, 0), panels, STRIP) as first:
+        end = builder.add(first, ir.Constant(SIZE, STRIP))
+        end = builder.select(builder.icmp_signed("<", end, panels), end, panels)
+        with _loop(builder, ir.Constant(SIZE, 0), rows, ROWS) as top, _loop(builder, first, end, 1) as panel:
+            column = builder.mul(panel, ir.Constant(SIZE, width))
+            numbers = [builder.add(top, ir.Constant(SIZE, row)) for row in range(ROWS)]
+            lines = [builder.gep(block, [builder.add(builder.mul(row, length), column)]) for row in numbers]
+            yield (
+                lines,
+                [builder.gep(left, [builder.mul(row, ranks)]) for row in numbers],
+                builder.gep(packed, [builder.mul(column, ranks)]),
+            )
+
+
+def _write_product(module: ir.Module, lanes: int) -> None:
+    floats = FLOAT.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [floats, SIZE, floats, floats, SIZE, SIZE, SIZE])
+    function = ir.Function(module, kind, "product")
+    builder = ir.IRBuilder(function.append_basic_block())
+    tile = _Tile(builder, lanes)
+    sums = tile.sums()
+    with _each_tile(builder, tile.width, list(function.args)) as (lines, rows, panel):
+        tile.fill(sums, 0.0)
+        tile.accumulate(sums, rows, panel, ir.Constant(SIZE, 0), function.args[6])
+        places = [place for line in lines for place in tile.places(line, tile.floats)]
         for place, pointer in zip(places, sums, strict=True):
             builder.store(builder.load(pointer), place, align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
+    builder.ret_void()
 
 
-@intrinsic
-def merge_tile(
-    typing: Any, out: Any, base: Any, row: Any, column: Any, left: Any, packed: Any, panel: Any, ends: Any,
-    scales: Any, weights: Any,
-) -> Any:  # fmt: skip
-    """out = base + Σ weight·(scale·left·panel) on [row:row + 4, column:column + 16], bf16 bits, all in registers.
-
-    out, base: uint16, left: float32, two dimensions, C-contiguous; packed, scales, weights: float32, ends: intp, one
-    dimension. Returns a uint32 whose highest bit is set when a sum or a result is infinite or not a number.
-    """
-    arrays = {0: out, 1: base, 4: left, 5: packed, 7: ends, 8: scales, 9: weights}
-    signature = types.uint32(*(arrays.get(index, types.intp) for index in range(10)))
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        found = {index: context.make_array(signature.args[index])(context, builder, args[index]) for index in arrays}
-        registers = _Registers(context, builder, found[4], found[5])
-        sums, totals = registers.sums(0.0), registers.sums(-0.0)  # -0 + x is x, whatever the sign of x
-        count, start = cgutils.unpack_tuple(builder, found[7].shape, 1)[0], cgutils.alloca_once(builder, registers.size)
-        builder.store(registers.number(0), start)
-        with cgutils.for_range(builder, count) as loop:
-            stop = builder.load(builder.gep(found[7].data, [loop.index]))
-            registers.fill(sums, 0.0)
-            registers.accumulate(sums, args[2], args[6], builder.load(start), stop)
+def _write_merge(module: ir.Module, lanes: int) -> None:
+    floats, halves, sizes = FLOAT.as_pointer(), HALF.as_pointer(), SIZE.as_pointer()
+    kind = ir.FunctionType(WORD, [halves, SIZE, floats, floats, SIZE, SIZE, SIZE, sizes, floats, floats, SIZE])
+    function = ir.Function(module, kind, "merge")
+    builder = ir.IRBuilder(function.append_basic_block())
+    tile = _Tile(builder, lanes)
+    sums, totals = tile.sums(), tile.sums()
+    special, start = builder.alloca(tile.words), builder.alloca(SIZE)
+    builder.store(tile.every(0), special)
+    ends, scales, weights, terms = function.args[7:]
+    with _each_tile(builder, tile.width, list(function.args[:7])) as (lines, rows, panel):
+        tile.fill(totals, -0.0)  # -0 + x is x, whatever the sign of x
+        builder.store(ir.Constant(SIZE, 0), start)
+        with _loop(builder, ir.Constant(SIZE, 0), terms, 1) as term:
+            stop = builder.load(builder.gep(ends, [term]))
+            tile.fill(sums, 0.0)
+            tile.accumulate(sums, rows, panel, builder.load(start), stop)
             builder.store(stop, start)
-            scale, weight = (registers.spread(builder.load(builder.gep(found[i].data, [loop.index]))) for i in (8, 9))
+            scale, weight = (tile.spread(builder.gep(array, [term])) for array in (scales, weights))
             for one, total in zip(sums, totals, strict=True):
                 delta = builder.fmul(builder.fmul(builder.load(one), scale), weight)
                 builder.store(builder.fadd(builder.load(total), delta), total)
-        special = ir.Constant(INTS, [0] * LANES)
-        sources = registers.places(found[1], args[2], args[3], HALVES, 2)
-        targets = registers.places(found[0], args[2], args[3], HALVES, 2)
-        for source, target, total in zip(sources, targets, totals, strict=True):
-            rounded, flags = _round(builder, builder.load(source, align=2), builder.load(total))
-            builder.store(rounded, target, align=2)
-            special = builder.or_(special, flags)
-        reduce = "llvm.vector.reduce.or.v8i32"
-        function = builder.module.globals.get(reduce)
-        function = function or ir.Function(builder.module, ir.FunctionType(ir.IntType(32), [INTS]), reduce)
-        return builder.call(function, [special])
-
-    return signature, generate
-
-
-def _round(builder: Any, bits: Any, change: Any) -> tuple[Any, Any]:
-    """(bf16 bits + float32 change) rounded to nearest even, and the flags of what is not finite."""
-
-    def every(value: int) -> Any:
-        return ir.Constant(INTS, [value] * LANES)
-
-    wide = builder.bitcast(builder.shl(builder.zext(bits, INTS), every(16)), FLOATS)
-    exact = builder.bitcast(builder.fadd(wide, change), INTS)
-    odd = builder.and_(builder.lshr(exact, every(16)), every(1))
-    rounded = builder.add(builder.add(exact, every(0x7FFF)), odd)
-    flags = [builder.add(builder.and_(each, every(EXPONENT)), every(LOWEST)) for each in (exact, rounded)]
-    return builder.trunc(builder.lshr(rounded, every(16)), HALVES), builder.or_(*flags)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _pack(packed, right, column, width):  # type: ignore[no-untyped-def]
-    """The whole panels of right[:, column:column + width]."""
-    ranks = right.shape[0]
-    for k in range(ranks):
-        source = right[k, column : column + width]
-        for panel in range(width // WIDTH):
-            for c in range(WIDTH):
-                packed[(panel * ranks + k) * WIDTH + c] = source[panel * WIDTH + c]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _chain(left, right, row, column, start, stop):  # type: ignore[no-untyped-def]
-    """left[row, start:stop] · right[start:stop, column], one fused multiply-add after the other."""
-    total = np.float32(0)
-    for k in range(start, stop):
-        total = fma(left[row, k], right[k, column], total)
-    return total
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def product_into(out, left, right):  # type: ignore[no-untyped-def]
-    """out = left·right, float32."""
-    rows, columns = out.shape
-    packed = np.empty(COLUMNS * right.shape[0], np.float32)
-    for column in range(0, columns, COLUMNS):
-        width = min(COLUMNS, columns - column)
-        _pack(packed, right, column, width)
-        for row in range(0, rows, ROWS):
-            done, count = 0, min(ROWS, rows - row)
-            if count == ROWS:
-                while done + WIDTH <= width:
-                    tile(out, row, column + done, left, packed, done * right.shape[0])
-                    done += WIDTH
-            for q in range(row, row + count):
-                for c in range(column + done, column + width):
-                    out[q, c] = _chain(left, right, q, c, 0, right.shape[0])
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def add_product_into(base, out, left, right, ends, scales, weights):  # type: ignore[no-untyped-def]
-    """out = base + Σ weight·(scale·left·right), bf16 bits in and out; term i has the ranks up to ends[i].
-
-    Returns whether a sum or a result is infinite or not a number: then `out` is not to be used.
-    """
-    rows, columns = base.shape
-    wide = np.empty(1, np.float32)
-    bits = wide.view(np.uint32)
-    packed = np.empty(COLUMNS * right.shape[0], np.float32)
-    sixteen, half, bit = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
-    exponent, lowest, special = np.uint32(EXPONENT), np.uint32(LOWEST), np.uint32(0)
-    for column in range(0, columns, COLUMNS):
-        width = min(COLUMNS, columns - column)
-        _pack(packed, right, column, width)
-        for row in range(0, rows, ROWS):
-            done, count = 0, min(ROWS, rows - row)
-            if count == ROWS:
-                while done + WIDTH <= width:
-                    panel = done * right.shape[0]
-                    special |= merge_tile(out, base, row, column + done, left, packed, panel, ends, scales, weights)
-                    done += WIDTH
-            for q in range(row, row + count):
-                for c in range(column + done, column + width):
-                    total, start = np.float32(-0.0), 0
-                    for term in range(len(ends)):
-                        delta = (_chain(left, right, q, c, start, ends[term]) * scales[term]) * weights[term]
-                        total, start = total + delta, ends[term]
-                    bits[0] = np.uint32(base[q, c]) << sixteen
-                    wide[0] = wide[0] + total
-                    x = bits[0]
-                    rounded = x + half + ((x >> sixteen) & bit)
-                    special |= ((x & exponent) + lowest) | ((rounded & exponent) + lowest)
-                    out[q, c] = np.uint16(rounded >> sixteen)
-    return special >> np.uint32(31) != np.uint32(0)
+        places = [place for line in lines for place in tile.places(line, tile.halves)]
+        for place, total in zip(places, totals, strict=True):
+            rounded, flags = tile.add_rounded(builder.load(place, align=2), builder.load(total))
+            builder.store(rounded, place, align=2)
+            builder.store(builder.or_(builder.load(special), flags), special)
+    name = f"llvm.vector.reduce.or.v{lanes}i32"
+    reduce = ir.Function(module, ir.FunctionType(WORD, [tile.words]), name)
+    builder.ret(builder.call(reduce, [builder.load(special)]))

@@ -1,6 +1,6 @@
 """The hot loop: one block of a tensor, float32 accumulation, one rounding.
 
-    fused        bf16 base, bf16 output, low-rank deltas summed linearly: one pass (composer.product)
+    fused        bf16 base, bf16 output, low-rank deltas summed linearly: one pass, in place (composer.product)
     general      everything else, in float32 numpy
 
 Both give the same bytes where both apply.
@@ -118,24 +118,19 @@ def restores(terms: Sequence[LoadedTerm], method: str) -> bool:
     return alone and isinstance(terms[0].delta, LoadedCheckpointDelta)
 
 
-def merge_fused(
-    base: np.ndarray, terms: Sequence[LoadedTerm], start: int, name: str, out: np.ndarray | None = None
-) -> np.ndarray:
-    """base + Σ wᵢ·Δᵢ for rows [start, start + len(base)) of tensor `name`, bf16 in and out.
+def merge_fused(block: np.ndarray, terms: Sequence[LoadedTerm], start: int) -> bool:
+    """block += Σ wᵢ·Δᵢ in place, for rows [start, start + len(block)) of a tensor, bf16.
 
-    out: uint16 of the shape of `base`, which the result may take. Raises NonFiniteError when finite numbers overflow.
+    block: bf16 bits as uint16 [rows, columns]. Returns whether all is finite; where not, the block is lost and
+    `merge_block` computes it from the base.
     """
-    stop = start + len(base)
+    stop = start + len(block)
     factors = []
     for term in terms:
         delta = term.delta
         assert isinstance(delta, LoadedLowRank)
         factors.append(Factors(delta.left[start:stop], delta.right, delta.scale, np.float32(term.weight)))
-    bits, finite = add_product(base.view(np.uint16), factors, out)
-    result = bits.view(base.dtype)
-    if not finite:
-        check_overflow(base, result, name)
-    return result
+    return add_product(block, factors)
 
 
 def merge_block(

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from composer.adapters import Adapter, Binding
-from composer.additions import PlannedAddition, check_stack, check_weight
+from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight
 from composer.bottlenecks import Bottlenecks, stack_sites
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from composer.deltas import Delta, LowRank
@@ -34,9 +35,10 @@ from composer.files import read_json
 from composer.methods import MergeMethod, find_method
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
-from composer.tensors import COPY_BYTES, DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.writer import ROOM_BYTES
 
-__all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
+__all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan", "tied"]
 
 RECORD = "composition.json"
 BLOCK_BYTES = 2 << 20
@@ -45,6 +47,7 @@ STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another 
 FACTOR_BYTES = 64 << 20  # more factors than this are not held at once
 THREADS = min(4, os.cpu_count() or 1)
 IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
+ROOMS = IN_FLIGHT + 4  # buffers of the output: those, and some on their way to the disk
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
 SCRATCH = 32  # bytes a number and delta that a method holds besides its arguments: masks, ranks, random numbers
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
@@ -77,18 +80,48 @@ class WeightedDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class NewRows:
+    """Rows [start, start + count) of a vocabulary's tensor, in place of its own where it has as many.
+
+    They are the prompts' vectors divided by `scale`; without prompts, each is the mean of the rows before `start`.
+    """
+
+    start: int
+    count: int
+    prompts: tuple[SoftPrompt, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorJob:
-    """One tensor of the output: `source` is where the base's lies, `dtype` what is written."""
+    """One tensor of the output: `source` is where the base's lies, `dtype` what is written.
+
+    `rename` is its name where that is not the base's, `new_rows` what its vocabulary gains.
+    """
 
     source: TensorSpec | QuantisedTensor
     dtype: str
     deltas: tuple[WeightedDelta, ...]
     method: MergeMethod | None = None
+    rename: str | None = None
+    new_rows: NewRows | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the output."""
+        return self.rename or self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the output."""
+        if self.new_rows is None:
+            return self.source.shape
+        return (max(self.source.shape[0], self.new_rows.start + self.new_rows.count), *self.source.shape[1:])
 
     @property
     def nbytes(self) -> int:
         """Bytes written."""
-        return math.prod(self.source.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
     def copied(self) -> bool:
@@ -143,13 +176,22 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run needs."""
+    """All that a run needs.
+
+    An exporter that needs another checkpoint than the merged one derives a plan with other shards, with `files` that
+    take the place of the base's or stand beside them, with `config_changes`, and with `facts` and `warnings` for
+    composition.json.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
     additions: tuple[PlannedAddition, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +219,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
-        return max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
+        largest = max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
+        return largest + ROOMS * ROOM_BYTES
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
@@ -224,10 +267,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
             TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())), method)
             for name, spec in shard.tensors.items()
         )
-        layout = [(job.source.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
-            shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
+            shards.append(ShardPlan(shard.name, encode_shard(jobs), jobs))
     return Plan(recipe, checkpoint, tuple(terms), tuple(shards), tuple(additions))
+
+
+def encode_shard(jobs: Sequence[TensorJob]) -> bytes:
+    """The header of a file that holds these tensors in order."""
+    return encode_header([(job.name, job.dtype, job.shape) for job in jobs], {"format": "pt"})
 
 
 def _check_whole(checkpoint: Checkpoint) -> None:
@@ -441,7 +488,7 @@ def _factor_bytes(job: TensorJob) -> int:
 
 def _block_bytes(job: TensorJob) -> int:
     if job.copied:
-        return COPY_BYTES
+        return 0
     rows, columns = job.matrix
     # base, its float32, the result in float32 and rounded, one product a delta
     widths = DTYPES[job.source.dtype].itemsize + 4 + 4 + DTYPES[job.dtype].itemsize

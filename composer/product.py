@@ -1,11 +1,11 @@
 """Low-rank products and sums, one defined order of operations on every machine.
 
     product      left·right                                   float32
-    add_product  base + Σ wᵢ·(sᵢ·leftᵢ·rightᵢ), rounded once  bf16 in, bf16 out, in one pass
+    add_product  base + Σ wᵢ·(sᵢ·leftᵢ·rightᵢ), rounded once  bf16, in place, in one pass
 
 Each element of a product is one chain of fused multiply-adds in float32, in the order of the rank: what the BLAS
-libraries compute for ranks to 192, at any block size and thread count, so the bytes depend on neither. numba compiles
-it to vector code; without numba the same chain runs in numpy, in float64 with the one rounding that a fused
+libraries compute for ranks to 192, at any block size and thread count, so the bytes depend on neither. LLVM compiles it
+to vector code; without llvmlite the same chain runs in numpy, in float64 with the one rounding that a fused
 multiply-add has, and gives the same bytes at about a hundredth of the speed. REGISTRY_KERNEL=numpy chooses that.
 """
 
@@ -36,7 +36,7 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """left [rows, r] times right [r, columns], both float32; returns float32 [rows, columns]."""
     out = np.empty((left.shape[0], right.shape[1]), np.float32)
     left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
-    if kernel_name() == "numba":
+    if kernel_name() == "llvm":
         from composer.compiled import product_into
 
         product_into(out, left, right)
@@ -45,49 +45,46 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def add_product(base: np.ndarray, terms: Sequence[Factors], out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
-    """base + Σ wᵢ·(sᵢ·leftᵢ·rightᵢ): the sum of terms is taken first, in order, then one rounding.
+def add_product(block: np.ndarray, terms: Sequence[Factors]) -> bool:
+    """block += Σ wᵢ·(sᵢ·leftᵢ·rightᵢ), in place: the sum of terms is taken first, in order, then one rounding.
 
-    base: bf16 bits as uint16 [rows, columns], C-contiguous, not changed. Returns the same kind of
-    array (`out` where one is given and all is finite), and whether every number in it is finite.
+    block: bf16 bits as uint16 [rows, columns], C-contiguous. Returns whether every number is finite; where one is not,
+    the block is lost.
     """
-    if kernel_name() == "numba":
-        from composer.compiled import add_product_into
+    if kernel_name() == "numpy":
+        block[:] = _sum_numpy(block, terms)
+        return bool(np.isfinite(block.view(ml_dtypes.bfloat16)).all())
+    from composer.compiled import add_product_into
 
-        left, right = terms[0].left, terms[0].right
-        if len(terms) > 1:
-            left = np.concatenate([term.left for term in terms], axis=1)
-            right = np.concatenate([term.right for term in terms])
-        ends = np.cumsum([term.right.shape[0] for term in terms])
-        scales = np.array([term.scale for term in terms], np.float32)
-        weights = np.array([term.weight for term in terms], np.float32)
-        out = np.empty(base.shape, np.uint16) if out is None else out
-        if not add_product_into(base, out, left, right, ends, scales, weights):
-            return out, True
-    result = _add_product_numpy(base, terms)
-    return result.view(np.uint16), bool(np.isfinite(result).all())
+    left, right = terms[0].left, terms[0].right
+    if len(terms) > 1:
+        left = np.concatenate([term.left for term in terms], axis=1)
+        right = np.concatenate([term.right for term in terms])
+    ends = np.cumsum([term.right.shape[0] for term in terms])
+    scales = np.array([term.scale for term in terms], np.float32)
+    weights = np.array([term.weight for term in terms], np.float32)
+    return add_product_into(block, left, right, ends, scales, weights)
 
 
-def _add_product_numpy(base: np.ndarray, terms: Sequence[Factors]) -> np.ndarray:
-    """The same in numpy, which knows what infinity and NaN round to."""
+def _sum_numpy(base: np.ndarray, terms: Sequence[Factors]) -> np.ndarray:
     deltas = (product(term.left, term.right) * term.scale * term.weight for term in terms)
     total = next(deltas)
     for delta in deltas:
         total += delta
     with np.errstate(over="ignore", invalid="ignore"):
-        return (base.view(ml_dtypes.bfloat16).astype(np.float32) + total).astype(ml_dtypes.bfloat16)
+        return (base.view(ml_dtypes.bfloat16).astype(np.float32) + total).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def kernel_name() -> str:
-    """`numba`, or `numpy` where numba is not installed or REGISTRY_KERNEL=numpy says so."""
-    return "numpy" if os.environ.get("REGISTRY_KERNEL") == "numpy" or not _has_numba() else "numba"
+    """`llvm`, or `numpy` where llvmlite is not installed or REGISTRY_KERNEL=numpy says so."""
+    return "numpy" if os.environ.get("REGISTRY_KERNEL") == "numpy" or not _has_llvm() else "llvm"
 
 
 @cache
-def _has_numba() -> bool:
+def _has_llvm() -> bool:
     from importlib.util import find_spec
 
-    return find_spec("numba") is not None
+    return find_spec("llvmlite") is not None
 
 
 def _product_numpy(out: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:

@@ -38,7 +38,7 @@ def composition_record(
     inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `warnings` and `advice`.
     """
     adapters = []
-    warnings: list[str] = list(inputs.get("warnings", ()))
+    warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
     known = inputs.get("adapters") or [{} for _ in plan.terms]
     replacing = {item.term for job in plan.jobs for item in job.deltas if item.delta.replaces}
     measured = zip(plan.terms, survival.shares(), survival.norms(), known, strict=True)

@@ -7,12 +7,13 @@ compose(plan, out)   run, export, provenance, commit
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ import numpy as np
 from composer.checkpoint import INDEX
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json
+from composer.growth import grown_parts
 from composer.kernels import (
     LoadedTerm,
     Survival,
@@ -33,11 +35,12 @@ from composer.kernels import (
     restores,
 )
 from composer.methods import BoundMethod, find_method
-from composer.plan import IN_FLIGHT, THREADS, Plan, ShardPlan, TensorJob
+from composer.plan import IN_FLIGHT, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
 from composer.provenance import composition_record
 from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
-from composer.tensors import COPY_BYTES, DTYPES, TensorSpec
+from composer.tensors import DTYPES, TensorSpec
+from composer.writer import ROOM_BYTES, HashingWriter, Room, Staging
 
 __all__ = ["Outcome", "Progress", "compose", "run"]
 
@@ -45,7 +48,6 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 15, 16
 LOCAL = threading.local()
-SPARE: deque[np.ndarray] = deque(maxlen=IN_FLIGHT)  # results already written: fresh memory costs page faults
 STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
 CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -98,29 +100,29 @@ def compose(
 def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
     """Write the weights, their index and the files that go along; the sink is not committed.
 
-    Blocks are computed by a few threads and written in order by this one; at most `IN_FLIGHT` of them are held.
+    A few threads fill rooms of the output, or compute blocks; this one passes them on in order. At most `IN_FLIGHT`
+    of them are held, and as many rooms again are on their way to the disk.
     """
     survival = Survival(len(plan.terms))
     total, done = plan.nbytes, 0
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool, Staging(ROOMS) as staging:
         for shard in plan.shards:
-            with sink.open(shard.name) as writer:
+            with sink.open(shard.name, staging) as writer:
                 writer.write(shard.header)
                 done += len(shard.header)
-                for data, measured, spare in in_order(pool, _blocks(shard, plan), IN_FLIGHT):
-                    if isinstance(data, Unread):
-                        writer.write_from(data.source.read_into, data.start, data.stop)
+                for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
+                    if isinstance(part, Room):
+                        writer.append(part)
                     else:
-                        writer.write(data)
+                        writer.write(part.data, part.offset)
                     if measured is not None:
                         survival.merge(measured)
-                    if spare is not None:
-                        SPARE.append(spare)
-                    done += len(data)
+                    done += len(part)
                     progress("merging", done, total)
+        sink.settle()
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
-    for name in copy_names(plan.checkpoint.files):
+    for name in dict.fromkeys((*copy_names(plan.checkpoint.files), *plan.files)):
         sink.write(name, _companion(plan, name))
     return survival
 
@@ -141,41 +143,138 @@ def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], in_flig
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
-    """Bytes [start, stop) of a tensor that goes along unchanged: read straight into what is written."""
+class Computed:
+    """A block that was computed in memory of its own, and where it begins in its file."""
 
-    source: TensorSpec
-    start: int
-    stop: int
+    offset: int
+    data: memoryview
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.data)
 
 
-# What to write, what was measured, and the memory of the result, which a later block may take once it is written
-Block = tuple[memoryview | Unread, Survival | None, np.ndarray | None]
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a room: bytes [start, stop) of the base as they are, or its rows with `terms` merged into them."""
+
+    job: TensorJob
+    terms: list[LoadedTerm] | None
+    start: int
+    stop: int
+    size: int
 
 
-def _blocks(shard: ShardPlan, plan: Plan) -> Iterator[Callable[[], Block]]:
-    """One task a block, in file order; a tensor's deltas are loaded when its first block is asked for."""
+# A room that was filled or a block that was computed, and what was measured of its deltas
+Done = tuple[Room | Computed, Survival | None]
+
+
+def _tasks(shard: ShardPlan, plan: Plan, writer: HashingWriter) -> Iterator[Callable[[], Done]]:
+    """The file in order: rooms as full as they get, to be filled in place, and blocks that need memory of their own.
+
+    A tensor's deltas are loaded when its first block is asked for.
+    """
+    pieces: list[Piece] = []
+    space, offset = ROOM_BYTES, len(shard.header)
+
+    def room() -> Callable[[], Done]:
+        nonlocal pieces, space
+        filled, pieces, space = pieces, [], ROOM_BYTES
+        return partial(_fill, plan, writer.reserve(sum(piece.size for piece in filled)), filled)
+
     for job in shard.jobs:
-        if job.copied:
-            for start in range(0, job.nbytes, COPY_BYTES):
-                yield partial(_copy, job, start, min(start + COPY_BYTES, job.nbytes))
+        terms = None if (job.copied and not job.new_rows) or job.streamed else [_load(item) for item in job.deltas]
+        begin, offset = offset, offset + job.nbytes
+        if job.new_rows is not None:
+            if pieces:
+                yield room()
+            for size, part in grown_parts(job, job.new_rows, partial(_rows, replace(job, new_rows=None), plan, terms)):
+                yield partial(_computed, part, writer.hold(size))
             continue
-        if job.streamed:
-            yield from (partial(_merge_streamed, job, plan, start, stop) for start, stop in job.blocks)
+        if job.copied or (terms and _in_place(job, terms, plan, begin)):
+            done, end = 0, job.nbytes if job.copied else job.matrix[0]
+            while done < end and job.nbytes:
+                piece = _piece(job, terms, done, space)
+                if piece is None:
+                    yield room()
+                    continue
+                pieces.append(piece)
+                done, space = piece.stop, space - piece.size
             continue
-        terms = [LoadedTerm(item.delta.load(), item.weight, item.term) for item in job.deltas]
+        if pieces:
+            yield room()
+        merge = partial(_merge_streamed, job, plan) if terms is None else partial(_merge, job, plan, terms)
         for start, stop in job.blocks:
-            if job.matrix[1]:
-                yield partial(_merge, job, plan, terms, start, stop)
+            if job.nbytes:
+                held = writer.hold((stop - start) * job.nbytes // job.matrix[0])
+                yield partial(merge, start, stop, held)
+    if pieces:
+        yield room()
 
 
-def _copy(job: TensorJob, start: int, stop: int) -> Block:
-    if isinstance(job.source, TensorSpec):
-        return Unread(job.source, start, stop), None, None
-    return memoryview(job.source.read_bytes(start, stop)), None, None
+def _rows(
+    job: TensorJob, plan: Plan, terms: list[LoadedTerm] | None, start: int, stop: int
+) -> tuple[memoryview, Survival | None]:
+    """Rows of a tensor as they are written, in memory of their own."""
+    done = _merge_streamed(job, plan, start, stop, 0) if terms is None else _merge(job, plan, terms, start, stop, 0)
+    assert isinstance(done[0], Computed)
+    return done[0].data, done[1]
+
+
+def _computed(part: Callable[[], tuple[memoryview, Survival | None]], offset: int) -> Done:
+    data, measured = part()
+    return Computed(offset, data), measured
+
+
+def _load(item: WeightedDelta) -> LoadedTerm:
+    return LoadedTerm(item.delta.load(), item.weight, item.term)
+
+
+def _in_place(job: TensorJob, terms: list[LoadedTerm], plan: Plan, offset: int) -> bool:
+    """Whether the fused kernel may work in a room of the output: whole numbers, and some rows fit into one."""
+    fits = job.nbytes // job.matrix[0] * TILE_ROWS <= ROOM_BYTES and offset % DTYPES[job.dtype].itemsize == 0
+    return fits and fusible(terms, plan.recipe.method, job.source.dtype, job.dtype)
+
+
+def _piece(job: TensorJob, terms: list[LoadedTerm] | None, start: int, space: int) -> Piece | None:
+    """What of the job, from byte or row `start` on, fits into `space` bytes: whole tiles of the kernel."""
+    if terms is None or job.copied:
+        size = min(space, job.nbytes - start)
+        return Piece(job, None, start, start + size, size) if size else None
+    width, left = job.nbytes // job.matrix[0], job.matrix[0] - start
+    count = min(left, space // width)
+    count -= count % TILE_ROWS if count < left else 0
+    return Piece(job, terms, start, start + count, count * width) if count else None
+
+
+def _fill(plan: Plan, room: Room, pieces: list[Piece]) -> Done:
+    survival, begin = Survival(len(plan.terms)), 0
+    for piece in pieces:
+        view = room.view[begin : begin + piece.size]
+        begin += piece.size
+        assert isinstance(piece.job.source, TensorSpec)
+        if piece.terms is None:
+            piece.job.source.read_into(piece.start, view)
+        else:
+            _merge_in_place(piece, plan, view, survival)
+    return room, survival
+
+
+def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Survival) -> None:
+    """Read rows of the base into `view` and change them there; a sample is kept to measure what is left of deltas."""
+    job, terms, start = piece.job, piece.terms, piece.start
+    assert isinstance(job.source, TensorSpec)
+    assert terms is not None
+    columns = job.matrix[1]
+    first = start * columns * DTYPES[job.dtype].itemsize
+    job.source.read_into(first, view)
+    block = np.frombuffer(view, DTYPES[job.dtype]).reshape(-1, columns)
+    tiles = [(row, block[row - start : last - start].copy()) for row, last in _sampled(job, start, piece.stop)]
+    if not merge_fused(block.view(np.uint16), terms, start):
+        job.source.read_into(first, view)
+        base = block.copy()
+        block[:] = merge_block(base, terms, start, _method(plan, job), job.dtype)[0]
+        check_overflow(base, block, job.source.name)
+    _measure(job, plan, terms, tiles, block, start, survival)
 
 
 def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memoryview:
@@ -190,14 +289,13 @@ def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memory
     return view
 
 
-def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int) -> Block:
+def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int, offset: int) -> Done:
     rows, columns = job.matrix
     name, width = job.source.name, job.source.nbytes // rows
-    raw = _read(job.source, start * width, stop * width)
-    base = np.frombuffer(raw, DTYPES[job.source.dtype]).reshape(stop - start, columns)
+    base = np.frombuffer(_read(job.source, start * width, stop * width), DTYPES[job.source.dtype])
+    base = base.reshape(stop - start, columns)
     survival = Survival(len(plan.terms)) if terms else None
-    spare: np.ndarray | None = None
-    if not terms:
+    if survival is None:
         result = cast_block(base, job.dtype, name)
     elif job.deltas[0].delta.replaces:
         result = cast_block(terms[0].delta.rows(start, stop, base.astype(np.float32)), job.dtype, name)
@@ -206,30 +304,14 @@ def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop
         new = terms[0].delta.restored(start, stop, original)
         result = cast_block(new, job.dtype, name)
         survival.add(result.astype(np.float32) - original, new - original, [(terms[0].term, new - original)])
-    elif fusible(terms, plan.recipe.method, job.source.dtype, job.dtype):
-        spare, out = _result(base)
-        result = merge_fused(base, terms, start, name, out)
-        _sample(job, plan, terms, base, result, start, survival)
     else:
-        method = _method(plan, job)
-        result, total, deltas = merge_block(base, terms, start, method, job.dtype)
+        result, total, deltas = merge_block(base, terms, start, _method(plan, job), job.dtype)
         survival.add(result.astype(np.float32) - base.astype(np.float32), total, deltas)
         check_overflow(base, result, name)
-    return memoryview(result.reshape(-1).view(np.uint8)), survival, spare
+    return Computed(offset, memoryview(result.reshape(-1).view(np.uint8))), survival
 
 
-def _result(base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Memory for a merged block, and the part of it in the shape of `base`, as bf16 bits."""
-    try:
-        spare = SPARE.pop()
-    except IndexError:
-        spare = np.empty(base.size, np.uint16)
-    if spare.size < base.size:
-        spare = np.empty(base.size, np.uint16)
-    return spare, spare[: base.size].reshape(base.shape)
-
-
-def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int) -> Block:
+def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: int) -> Done:
     """The linear sum with one adapter loaded at a time, in the order of operations of the fused kernel.
 
     Survival is measured on the first STREAM_TILE rows of each block.
@@ -254,27 +336,30 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int) -> Block:
     survival = Survival(len(plan.terms))
     change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
     survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
-    return memoryview(result.reshape(-1).view(np.uint8)), survival, None
+    return Computed(offset, memoryview(result.reshape(-1).view(np.uint8))), survival
 
 
-def _sample(
-    job: TensorJob, plan: Plan, terms: list[LoadedTerm], base: np.ndarray, result: np.ndarray, start: int,
-    survival: Survival,
+def _sampled(job: TensorJob, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of rows [start, stop) that are measured: about SAMPLE numbers of a tensor, all of a small one."""
+    for first in range(0, job.matrix[0], TILE * _step(job)):
+        if (begin := max(first, start)) < (end := min(first + TILE, job.matrix[0], stop)):
+            yield begin, end
+
+
+def _step(job: TensorJob) -> int:
+    return max(1, math.prod(job.matrix) // SAMPLE)
+
+
+def _measure(
+    job: TensorJob, plan: Plan, terms: list[LoadedTerm], tiles: list[tuple[int, np.ndarray]], block: np.ndarray,
+    start: int, survival: Survival,
 ) -> None:  # fmt: skip
-    """Measure survival on every `step`-th tile of rows: about SAMPLE numbers of a tensor, all of a small one."""
-    rows, columns = job.matrix
-    tiles = -(-rows // TILE)
-    step = max(1, rows * columns // SAMPLE)
-    chosen = range(0, tiles, step)
-    covered = sum(min(rows, (tile + 1) * TILE) - tile * TILE for tile in chosen)
-    method = _method(plan, job)
-    for tile in chosen:
-        first, last = max(tile * TILE, start), min((tile + 1) * TILE, start + len(base))
-        if first >= last:
-            continue
-        part = base[first - start : last - start]
-        _, total, deltas = merge_block(part, terms, first, method, job.dtype)
-        written = result[first - start : last - start].astype(np.float32) - part.astype(np.float32)
+    """Account for the sampled rows of a block: `tiles` are those of the base, each with its first row."""
+    rows = job.matrix[0]
+    covered = sum(min(rows, first + TILE) - first for first in range(0, rows, TILE * _step(job)))
+    for first, base in tiles:
+        _, total, deltas = merge_block(base, terms, first, _method(plan, job), job.dtype)
+        written = block[first - start : first - start + len(base)].astype(np.float32) - base.astype(np.float32)
         survival.add(written, total, deltas, rows / covered)
 
 
@@ -283,7 +368,7 @@ def _method(plan: Plan, job: TensorJob) -> BoundMethod:
 
 
 def _index(plan: Plan) -> bytes:
-    weight_map = {job.source.name: shard.name for shard in plan.shards for job in shard.jobs}
+    weight_map = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
     index = {
         "metadata": {"total_size": sum(job.nbytes for job in plan.jobs)},
         "weight_map": dict(sorted(weight_map.items())),
@@ -292,13 +377,17 @@ def _index(plan: Plan) -> bytes:
 
 
 def _companion(plan: Plan, name: str) -> bytes:
-    """A file of the base that goes along; config.json names the new dtype where that changed, and no quantisation."""
+    """A file that goes along, the base's or the plan's own; config.json names a new dtype and other sizes."""
+    if name in plan.files:
+        return plan.files[name]
     path = plan.checkpoint.files[name]
     dtype = plan.config_dtype
-    if name != "config.json" or dtype is None:
+    if name != "config.json" or (dtype is None and not plan.config_changes):
         return path.read_bytes()
     config = read_json(path)
-    config.pop("torch_dtype", None)
-    config.pop("quantization_config", None)
-    config["dtype"] = CONFIG_DTYPE[dtype]
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config.pop("quantization_config", None)
+        config["dtype"] = CONFIG_DTYPE[dtype]
+    config.update(plan.config_changes)
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

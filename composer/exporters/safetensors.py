@@ -1,4 +1,4 @@
-"""The checkpoint as it is: any engine reads it."""
+"""The checkpoint as it is: any engine reads it. Soft prompts become words of its vocabulary."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from composer.additions import SoftPrompt
 from composer.errors import UnsupportedAdapterError
 from composer.exporters.companions import COMPANIONS
+from composer.exporters.vocabulary import with_virtual_tokens
 from composer.plan import Plan
 from composer.sinks import FolderSink
 
 __all__ = ["SafetensorsExporter"]
 
 REASONS = {
-    "prompt": "a soft prompt is no weight of the base",
     "bottleneck": "it puts small networks with a nonlinearity between the layers, which no weight can hold",
-    "prefix": "a prefix is keys and values, and no weight of the base holds those",
+    "prefix": "it puts keys and values into the cache, which no weight holds and no token of a vocabulary gives",
 }
 
 
@@ -24,16 +25,20 @@ class SafetensorsExporter:
     """Nothing but weights, and the files that go along."""
 
     def prepare(self, plan: Plan) -> Plan:
-        """Raise UnsupportedAdapterError for an addition that cannot become a weight."""
+        """The plan, or one with soft prompts in the vocabulary.
+
+        Raises UnsupportedAdapterError for an addition that cannot become a weight, and what with_virtual_tokens raises.
+        """
         for item in plan.additions:
-            family = item.addition.family
-            raise UnsupportedAdapterError(
-                f"{plan.terms[item.term].label} cannot be written as a plain checkpoint: {REASONS[family]}",
-                expected="adapters that change weights",
-                found=f"{plan.terms[item.term].adapter.signature.kind}: {item.addition.summary}",
-                remedy=f"export bundle, which keeps it in {COMPANIONS[family].file} for transformers",
-            )
-        return plan
+            if item.addition.family != SoftPrompt.family:
+                term = plan.terms[item.term]
+                raise UnsupportedAdapterError(
+                    f"{term.label} cannot be written as a plain checkpoint: {REASONS[item.addition.family]}",
+                    expected="adapters that change weights, and soft prompts",
+                    found=f"{term.adapter.signature.kind}: {item.addition.summary}",
+                    remedy=f"export bundle, which keeps it in {COMPANIONS[item.addition.family].file} for transformers",
+                )
+        return with_virtual_tokens(plan) if plan.additions else plan
 
     def plan_files(self, plan: Plan) -> dict[str, int]:
         """None but the shards."""
@@ -42,5 +47,5 @@ class SafetensorsExporter:
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Nothing to add."""
-        return {"format": "safetensors"}, {}
+        """Nothing to write: what there is to add is in the plan."""
+        return {"format": "safetensors", **plan.facts}, {}

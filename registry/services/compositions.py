@@ -149,7 +149,10 @@ class Compositions:
         companions = (
             {}
             if in_place
-            else {name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)}
+            else {
+                **{name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)},
+                **{name: len(data) for name, data in plan.files.items()},
+            }
         )
         return PlanInfo(
             recipe=recipe,
@@ -168,7 +171,7 @@ class Compositions:
                 for item, count in zip(resolved.adapters, per_term, strict=True)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
-            warnings=tuple(resolved.warnings),
+            warnings=(*resolved.warnings, *plan.warnings),
             advice=tuple(plan_advice(plan)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,

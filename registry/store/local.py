@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from composer.files import sha256_file
-from composer.sinks import HashingWriter, fsync_folder, storage_errors
+from composer.sinks import fsync_folder, storage_errors
+from composer.writer import ROOM_BYTES, HashingWriter
 from registry.errors import BlobCorruptError
 from registry.store.layout import Layout
 
 __all__ = ["LocalStore"]
-
-COPY_BYTES = 1 << 20
 
 
 class LocalStore:
@@ -34,7 +33,7 @@ class LocalStore:
             aside = folder / "blob"
             try:
                 with HashingWriter(aside) as writer, source.open("rb") as file:
-                    while chunk := file.read(COPY_BYTES):
+                    while chunk := file.read(ROOM_BYTES):
                         writer.write(chunk)
                         advance(len(chunk))
                 place = self._layout.blob(writer.sha256)

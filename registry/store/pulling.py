@@ -7,10 +7,11 @@ from pathlib import Path
 
 from composer.errors import ConflictError
 from composer.sinks import FolderSink, storage_errors
+from composer.tensors import COPY_BYTES
 from registry.errors import BlobCorruptError
 from registry.interface import Progress
 from registry.schemas import FileInfo
-from registry.store.local import COPY_BYTES, LocalStore
+from registry.store.local import LocalStore
 
 __all__ = ["pull_files"]
 

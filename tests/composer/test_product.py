@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from composer.product import Factors, add_product, kernel_name, product
-from tests.support import compose_folders, weight_bytes
+from tests.support import compose_folders, read_tensors, weight_bytes, write_base, write_lora
 
 SHAPES = [(1, 1, 1), (3, 16, 500), (4, 8, 16), (5, 9, 33), (64, 1, 512), (67, 17, 515), (130, 192, 600)]
 
@@ -62,14 +62,16 @@ def test_numpy_gives_the_bytes_of_the_compiled_kernel(
         Factors(left, right, np.float32(0.37), np.float32(1)),
         Factors(*other, np.float32(2.1), np.float32(-0.7)),
     ]
-    assert kernel_name() == "numba"
-    compiled = product(left, right), *add_product(base, terms)
+    assert kernel_name() == "llvm"
+    compiled, finite = (product(left, right), base.copy()), []
+    finite.append(add_product(compiled[1], terms))
     monkeypatch.setenv("REGISTRY_KERNEL", "numpy")
     assert kernel_name() == "numpy"
-    plain = product(left, right), *add_product(base, terms)
+    plain = product(left, right), base.copy()
+    finite.append(add_product(plain[1], terms))
+    assert finite == [True, True]
     assert compiled[0].tobytes() == plain[0].tobytes()
     assert compiled[1].tobytes() == plain[1].tobytes()
-    assert compiled[2] is plain[2] is True
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 64, 160])
@@ -81,33 +83,44 @@ def test_a_product_has_the_bits_of_torch(rank: int) -> None:
     assert np.array_equal(product(left, right), (torch.from_numpy(left) @ torch.from_numpy(right)).numpy())
 
 
+@pytest.mark.parametrize("kernel", ["llvm", "numpy"])
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
-def test_what_is_not_finite_is_said_and_kept(special: float) -> None:
-    """An infinity or NaN in the base stays what it is; a sum beyond bf16 becomes infinite; both are reported."""
-    base = np.ones((8, 40), ml_dtypes.bfloat16)
-    base[3, 5] = special
-    one = np.ones((8, 1), np.float32)
-    term = Factors(one, np.ones((1, 40), np.float32), np.float32(1), np.float32(1))
-    bits, finite = add_product(base.view(np.uint16), [term])
-    result = bits.view(ml_dtypes.bfloat16).astype(np.float32)
-    assert not finite
+def test_what_is_not_finite_in_the_base_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: float, kernel: str
+) -> None:
+    """An infinity or NaN of the base stays what it is, and its neighbours get their sums."""
+    monkeypatch.setenv("REGISTRY_KERNEL", kernel)
+    weight = np.ones((8, 40), ml_dtypes.bfloat16)
+    weight[3, 5] = special
+    base = write_base(tmp_path / "base", {"x.weight": weight})
+    one = {"base_model.model.x.lora_A.weight": np.ones((1, 40), np.float32),
+           "base_model.model.x.lora_B.weight": np.ones((8, 1), np.float32)}  # fmt: skip
+    lora = write_lora(tmp_path / "lora", {}, rank=1, lora_alpha=1, extra=one)
+    compose_folders(base, [(lora, 1.0)], tmp_path / "out")
+    result = read_tensors(tmp_path / "out")["x.weight"].float().numpy()
     assert np.array_equal(result[3, 5], np.float32(special), equal_nan=True)
     assert (np.delete(result.ravel(), 3 * 40 + 5) == 2).all()
-    huge = np.full((8, 40), 3.38e38, ml_dtypes.bfloat16)
-    bits, finite = add_product(huge.view(np.uint16), [Factors(one, term.right * 3e38, np.float32(1), np.float32(1))])
-    assert not finite
-    assert np.isinf(bits.view(ml_dtypes.bfloat16).astype(np.float32)).all()
 
 
-def test_a_composition_has_the_same_bytes_without_numba(
+@pytest.mark.parametrize("kernel", ["llvm", "numpy"])
+def test_a_sum_beyond_bf16_is_said(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Finite numbers whose sum rounds to infinity are reported by both kernels."""
+    monkeypatch.setenv("REGISTRY_KERNEL", kernel)
+    one, row = np.ones((8, 1), np.float32), np.ones((1, 40), np.float32)
+    for value, finite in ((3.38e38, False), (1.0, True)):
+        block = np.full((8, 40), value, ml_dtypes.bfloat16).view(np.uint16)
+        assert add_product(block, [Factors(one, row * np.float32(value), np.float32(1), np.float32(1))]) is finite
+
+
+def test_a_composition_has_the_same_bytes_without_llvm(
     tiny_llama: Path, tiny_lora: Path, other_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole files, two adapters with weights."""
     adapters = [(tiny_lora, 0.7), (other_lora, -0.4)]
-    compose_folders(tiny_llama, adapters, tmp_path / "numba")
+    compose_folders(tiny_llama, adapters, tmp_path / "llvm")
     monkeypatch.setenv("REGISTRY_KERNEL", "numpy")
     compose_folders(tiny_llama, adapters, tmp_path / "numpy")
-    assert weight_bytes(tmp_path / "numba") == weight_bytes(tmp_path / "numpy")
+    assert weight_bytes(tmp_path / "llvm") == weight_bytes(tmp_path / "numpy")
 
 
 def test_a_plain_merge_imports_no_torch(tiny_llama: Path, tiny_lora: Path, tmp_path: Path) -> None:

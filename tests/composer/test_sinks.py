@@ -17,7 +17,8 @@ import pytest
 
 import composer.run
 from composer.errors import ConflictError, StorageError
-from composer.sinks import STAGING_BYTES, FolderSink, HashingWriter
+from composer.sinks import FolderSink
+from composer.writer import ROOM_BYTES, HashingWriter, Staging
 from tests.support import compose_folders, plan_folders, weight_bytes, write_base, write_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,12 +212,8 @@ def test_many_adapters_of_a_high_rank_are_loaded_one_at_a_time(
         assert other["survival"] == pytest.approx(one["survival"], abs=2e-2)
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1, 4096, 3 * STAGING_BYTES + 7])
-@pytest.mark.parametrize("refused", [False, True], ids=["direct", "a-disk-that-refuses-direct-writes"])
-def test_a_file_holds_and_hashes_what_was_written_in_any_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int, refused: bool
-) -> None:
-    data = np.random.default_rng(extra + 1).bytes(STAGING_BYTES + extra)
+def refuse_direct_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A disk whose blocks are larger than a page; returns the offsets that it refuses."""
     write, refusals = os.pwrite, []
 
     def pwrite(descriptor: int, view: memoryview, offset: int) -> int:
@@ -225,15 +222,67 @@ def test_a_file_holds_and_hashes_what_was_written_in_any_pieces(
             raise OSError(errno.EINVAL, "Invalid argument")
         return write(descriptor, view, offset)
 
-    if refused:
-        monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return refusals
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, ROOM_BYTES - 1, ROOM_BYTES, ROOM_BYTES + 1, 3 * ROOM_BYTES + 7])
+@pytest.mark.parametrize("refused", [False, True], ids=["direct", "a-disk-that-refuses-direct-writes"])
+def test_a_file_holds_and_hashes_what_was_written_in_any_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, refused: bool
+) -> None:
+    """Pieces of many sizes, from one byte to more than a room."""
+    data = np.random.default_rng(size).bytes(size)
+    refusals = refuse_direct_writes(monkeypatch) if refused else []
     with HashingWriter(tmp_path / "file") as writer:
-        writer.write(data[:1000])
-        writer.write_from(lambda begin, room: memoryview(room).__setitem__(slice(None), data[begin : begin + len(room)]),
-                          1000, len(data) - 500)  # fmt: skip
-        writer.write(data[-500:])
+        begin = 0
+        for length in (1000, 1, 0, 70_000, ROOM_BYTES + 5, size):
+            writer.write(data[begin : begin + length])
+            begin += length
     assert (tmp_path / "file").read_bytes() == data
     assert (writer.sha256, writer.size) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert refusals or not refused or size < 4096
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["direct", "a-disk-that-refuses-direct-writes"])
+def test_rooms_are_filled_in_any_order_and_written_in_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """Rooms that begin and end within pages, held places between them, and more bytes than the buffers hold."""
+    if refused:
+        refuse_direct_writes(monkeypatch)
+    random = np.random.default_rng(3)
+    data = memoryview(random.bytes(9 * ROOM_BYTES + 1234))
+    with Staging(4) as staging, HashingWriter(tmp_path / "file", staging) as writer:
+        writer.write(data[:77])
+        begin = 77
+        while begin < len(data):
+            sizes = random.integers(1, ROOM_BYTES, 3)
+            parts = []
+            for index, size in enumerate(sizes):
+                end = min(len(data), begin + int(size))
+                if begin < end:
+                    parts.append((begin, end, writer.hold(end - begin) if index == 1 else writer.reserve(end - begin)))
+                begin = end
+            for first, last, place in reversed(parts):
+                if not isinstance(place, int):
+                    place.view[:] = data[first:last]
+            for first, last, place in parts:
+                if isinstance(place, int):
+                    writer.write(data[first:last], place)
+                else:
+                    writer.append(place)
+    assert (tmp_path / "file").read_bytes() == data
+    assert writer.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_rooms_are_appended_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Another order is an error of the program and never another file."""
+    with HashingWriter(tmp_path / "file") as writer:
+        first, second = writer.reserve(10), writer.reserve(10)
+        with pytest.raises(RuntimeError, match="appended at 0"):
+            writer.append(second)
+        writer.append(first)
 
 
 def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
