@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INCOMPATIBLE = 4
 MAX_OUT = 100
+MAX_PROBE = 1 << 20
 RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
@@ -137,6 +138,12 @@ def plan(
     "-o", "--out", type=click.Path(path_type=Path), help="A new folder; default: named after the recipe, in this one."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@click.option(
+    "--probe",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A plain text: its perplexity before and after goes into composition.json.",
+)
 @common_options
 @pass_settings
 def compose(
@@ -150,6 +157,7 @@ def compose(
     allow: str,
     out: Path | None,
     force: bool,
+    probe: Path | None,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
@@ -161,8 +169,19 @@ def compose(
     wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow)
     folder = out or default_out(wanted)
     with settings.progress() as progress:
-        result = settings.registry.compose(wanted, folder, replace=force, progress=progress)
+        result = settings.registry.compose(wanted, folder, replace=force, probe=_text(probe), progress=progress)
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+def _text(path: Path | None) -> str | None:
+    """What a file to probe holds: UTF-8, its first mebibyte."""
+    if path is None:
+        return None
+    try:
+        with path.expanduser().open(encoding="utf-8") as file:
+            return file.read(MAX_PROBE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read as text: {error}", param_hint="--probe") from None
 
 
 @click.command()

@@ -36,6 +36,7 @@ from composer.kernels import (
 )
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
+from composer.probe import check_probe, probe
 from composer.provenance import composition_record
 from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
@@ -69,15 +70,19 @@ def compose(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     replace: bool = False,
+    text: str | None = None,
 ) -> Outcome:
     """Run `plan` and publish the artefact at `out`, whole or not at all.
 
     inputs: what the caller knows of the base and of each adapter (digests, verdicts); goes into composition.json.
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
+    text: what perplexity is measured on before and after, for the record (composer.probe).
     Raises every TypedError of the steps; `out` is untouched then.
     """
     report = progress or (lambda step, done, total: None)
     plan = prepare_export(plan)
+    if text is not None:
+        check_probe(plan)
     in_place = find_plan_exporter(plan.recipe.export)
     seconds: dict[str, float] = {}
     with FolderSink(out, replace=replace) as sink:
@@ -92,6 +97,10 @@ def compose(
             exported, export_seconds = exporter.export(plan, sink, cache_dir, lambda step: report(step, 0, 0))
             seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
+        if text is not None:
+            started = time.perf_counter()
+            record["probe"] = probe(plan, sink.folder, text, lambda step: report(step, 0, 0))
+            seconds["probe"] = time.perf_counter() - started
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         sink.commit()
     return Outcome(out, record, seconds)

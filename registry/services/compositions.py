@@ -24,6 +24,7 @@ from composer.errors import TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
 from composer.plan import Plan, Term, make_plan
+from composer.probe import probe_digest
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.run import compose
@@ -181,19 +182,26 @@ class Compositions:
             files={**files, **companions},
         )
 
-    def compose(self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None) -> CompositionInfo:
-        """Compose into `out`, or say that the very same result lies there."""
+    def compose(
+        self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None, text: str | None = None
+    ) -> CompositionInfo:
+        """Compose into `out`, or say that the very same result lies there, probed with the same text."""
         out = out.expanduser().resolve()
         resolved = self.resolve(recipe, progress)
         plan = self._plan(resolved)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
-        if (earlier := _earlier(out, resolved.key)) is not None:
+        key = resolved.key
+        if text is not None:
+            key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+        if (earlier := _earlier(out, key)) is not None:
             return _info(recipe, out, earlier, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
-        inputs = {**resolved.inputs, "advice": advice}
-        outcome = compose(plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace)
-        self._record(resolved, outcome.record)
+        inputs = {**resolved.inputs, "key": key, "advice": advice}
+        outcome = compose(
+            plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text
+        )
+        self._record(resolved, key, outcome.record)
         return _info(recipe, out, outcome.record, cached=False, seconds=outcome.seconds)
 
     def check(self, adapter: str, base: str) -> Verdict:
@@ -264,12 +272,12 @@ class Compositions:
         terms = [Term(item.label, item.adapter, item.term.weight, item.term.modules) for item in resolved.adapters]
         return make_plan(resolved.recipe, resolved.base.checkpoint, terms)
 
-    def _record(self, resolved: Resolved, record: dict[str, Any]) -> None:
+    def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:
         with session_scope(self._engine, writes=True) as session:
-            if session.scalar(select(CompositionRow).where(CompositionRow.key == resolved.key)) is None:
+            if session.scalar(select(CompositionRow).where(CompositionRow.key == key)) is None:
                 session.add(
                     CompositionRow(
-                        key=resolved.key,
+                        key=key,
                         recipe=resolved.recipe.model_dump(mode="json"),
                         inputs=resolved.inputs,
                         output_digest=record["output_digest"],
