@@ -121,8 +121,8 @@ def plan(
 ) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
-    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…] or a YAML file. Exits with 4 when the verdict is weaker than
-    --allow.
+    RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…] or a YAML file. Exits with 4 when the verdict is weaker
+    than --allow.
     """
     from cli.views import plan_block
 
@@ -161,7 +161,7 @@ def compose(
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
-    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
+    RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
     YAML file that may give weights by module. The folder appears whole or not at all.
     """
     from cli.views import composition_block

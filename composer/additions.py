@@ -61,15 +61,20 @@ class PlannedAddition:
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """k vectors that stand before the embeddings of every input (arXiv:2104.08691)."""
+    """k vectors that stand before the embeddings of every input (arXiv:2104.08691).
+
+    factors: [tasks, k, r] and [tasks, r, d], whose product for `task` the vectors are multiplied by.
+    """
 
     family: ClassVar[str] = "prompt"
 
     embeddings: TensorSpec
+    factors: tuple[TensorSpec, ...] = ()
+    task: int = 0
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        return (self.embeddings,)
+        return (self.embeddings, *self.factors)
 
     @property
     def tokens(self) -> int:
@@ -83,7 +88,8 @@ class SoftPrompt:
 
     @property
     def summary(self) -> str:
-        return f"{self.tokens} virtual tokens before every input"
+        of_task = f" (task {self.task})" if self.factors else ""
+        return f"{self.tokens} virtual tokens before every input{of_task}"
 
     def check(self, label: str, checkpoint: Checkpoint) -> None:
         """Raise UnsupportedAdapterError for an encoder-decoder: it has two inputs to stand before."""
@@ -94,7 +100,11 @@ class SoftPrompt:
 
     def load(self) -> np.ndarray:
         """float32 [k, d]."""
-        return read_array(self.embeddings)
+        shared = read_array(self.embeddings)
+        if not self.factors:
+            return shared
+        columns, rows = (read_array(spec)[self.task] for spec in self.factors)
+        return shared * (columns @ rows)
 
 
 @dataclass(frozen=True, slots=True)

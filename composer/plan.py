@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from composer.adapters import Adapter, Binding
@@ -64,6 +64,7 @@ class Term:
     adapter: Adapter
     weight: float
     modules: tuple[ModuleWeight, ...] = ()
+    task: int | None = None
 
     def weight_of(self, target: str) -> float:
         """The weight of the first pattern in `modules` that fits the base tensor's name, else `weight`."""
@@ -230,13 +231,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
     UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
     IncompatibleError (two replacements of one tensor, two prefixes, a base with additions beside its weights) or
-    RecipeError (unknown method or parameter, too many adapters for it, a module pattern that fits nothing, weights
-    changed after an addition).
+    RecipeError (unknown method or parameter, too many adapters for it, a module pattern that fits nothing, a
+    task that the adapter lacks, weights changed after an addition).
     """
     find_scheme(checkpoint.config)
     _check_whole(checkpoint)
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
+    terms = [replace(term, adapter=term.adapter.for_task(term.label, term.task)) for term in terms]
     counted = [term for term in terms if _counts(term)]
     _check_terms(method, [term for term in counted if not term.adapter.adds])
     check_stack(

@@ -80,9 +80,10 @@ def plan_folders(
     dtype: Dtype = Dtype.KEEP,
     method: str = "linear",
     export: Export = Export.SAFETENSORS,
+    task: int | None = None,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
-    terms = [Term(path.name, open_adapter(path), weight) for path, weight in adapters]
+    terms = [Term(path.name, open_adapter(path), weight, task=task) for path, weight in adapters]
     recipe = Recipe(
         base=base.name,
         adapters=tuple(AdapterTerm(ref=term.label, weight=term.weight) for term in terms),

@@ -14,13 +14,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from composer.additions import Addition
 from composer.deltas import Delta
-from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
+from composer.errors import (
+    CorruptFileError,
+    NotFoundError,
+    RecipeError,
+    UnknownAdapterTypeError,
+    UnsupportedAdapterError,
+)
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
@@ -120,7 +126,8 @@ class AdapterKind(Protocol):
     name: str
     peft_types: tuple[str, ...]
     # A kind may set `stored_tensors`: its deltas are of the tensors that a checkpoint stores, tied ones included.
-    # One that adds to the model has `additions(config, header)`, a list of composer.additions.Addition.
+    # One that adds to the model has `additions(config, header)`, a list of composer.additions.Addition. One that was
+    # trained on several tasks has `tasks(config)`, their number, and `additions` takes the task as well.
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""
@@ -150,6 +157,7 @@ class Adapter:
     signature: Signature
     format: str = "PEFT"
     stored: tuple[str, ...] = (CONFIG, WEIGHTS)
+    task: int | None = None
 
     @property
     def base_name(self) -> str | None:
@@ -171,7 +179,26 @@ class Adapter:
 
     def additions(self) -> list[Addition]:
         """What it adds to the model; nothing for most kinds."""
-        return self.kind.additions(self.config, self.header) if self.adds else []
+        chosen = () if self.task is None else (self.task,)
+        return self.kind.additions(self.config, self.header, *chosen) if self.adds else []
+
+    def for_task(self, label: str, task: int | None) -> Adapter:
+        """The adapter as it acts for one of its tasks.
+
+        Raises RecipeError for a task that it does not have, or where it has several and none is named.
+        """
+        count = self.kind.tasks(self.config) if hasattr(self.kind, "tasks") else 0
+        if task is None and count <= 1:
+            return self
+        if task is None or task >= count:
+            named = f"has no task {task}" if task is not None else "was trained on several tasks, and none is named"
+            raise RecipeError(
+                f"{label} {named}",
+                expected=f"a task of 0 to {count - 1}" if count else "no task",
+                found=task,
+                remedy=f"write the task after '#', such as {label}#0" if count else "leave the task out",
+            )
+        return replace(self, task=task)
 
 
 K = TypeVar("K", bound=AdapterKind)

@@ -13,7 +13,6 @@ __all__ = ["REASONS", "Unmergeable"]
 
 _ROUTED = "which of its parts act depends on the input, and one weight cannot"
 REASONS = {
-    "MULTITASK_PROMPT_TUNING": "it puts trained vectors of one task of several before the input's embeddings",
     "ADAPTION_PROMPT": "it adds a gated attention over trained vectors to the layers",
     "XLORA": _ROUTED,
     "POLY": _ROUTED,

@@ -13,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from composer.bottlenecks import Bottlenecks
+from composer.additions import Prefix
 from composer.checkpoint import Checkpoint
 from composer.errors import RecipeError, UnsupportedAdapterError
 from composer.exporters.bundle import BundleExporter
 from composer.exporters.companions import companion_files, write_companions
 from composer.exporters.peft import PeftExporter
 from composer.exporters.safetensors import SafetensorsExporter
+from composer.exporters.vocabulary import GENERATES
 from composer.kernels import Survival
 from composer.plan import Plan
 from composer.sinks import FolderSink
@@ -70,21 +71,23 @@ class OnnxExporter:
     """A graph beside the weights, verified in ONNX Runtime."""
 
     def prepare(self, plan: Plan) -> Plan:
-        """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
+        """Raise UnsupportedArchitectureError for a model that is not traced, UnsupportedAdapterError for an addition.
+
+        The graph of an encoder has no cache that a prefix could be put into.
+        """
         self.check(plan.checkpoint)
         for item in plan.additions:
-            if item.addition.family == Bottlenecks.family:
-                continue
-            raise UnsupportedAdapterError(
-                f"{plan.terms[item.term].label} cannot become part of a graph yet",
-                expected="adapters that change weights, and bottlenecks",
-                found=f"{plan.terms[item.term].adapter.signature.kind}: {item.addition.summary}",
-                remedy="export bundle, which keeps it in a file for transformers",
-            )
+            if item.addition.family == Prefix.family and not plan.checkpoint.architecture.endswith(GENERATES):
+                raise UnsupportedAdapterError(
+                    f"{plan.terms[item.term].label} cannot become part of the graph: an encoder has no cache",
+                    expected="a prefix of a model that generates",
+                    found=plan.checkpoint.architecture,
+                    remedy="export bundle, which keeps it in a file for transformers",
+                )
         return plan
 
     def plan_files(self, plan: Plan) -> dict[str, int]:
-        """The bottlenecks; the size of a graph is known once it is traced."""
+        """The additions; the size of a graph is known once it is traced."""
         return companion_files(plan)
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -99,7 +102,7 @@ class OnnxExporter:
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Write model.onnx, whose bottlenecks lie beside the weights, and compare it with torch."""
+        """Write model.onnx, whose additions lie beside the weights, and compare it with torch."""
         from composer.exporters.onnx import export_onnx
 
         added = {"additions": write_companions(plan, sink)} if plan.additions else {}

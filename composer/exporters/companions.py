@@ -23,7 +23,9 @@ from composer.plan import Plan
 from composer.sinks import FolderSink
 from composer.tensors import encode_header
 
-__all__ = ["COMPANIONS", "Companion", "companion_files", "write_companions"]
+__all__ = ["COMPANIONS", "PAST_KEY_VALUES", "SOFT_PROMPT", "Companion", "companion_files", "write_companions"]
+
+SOFT_PROMPT, PAST_KEY_VALUES = "soft_prompt.safetensors", "past_key_values.safetensors"
 
 Layout = list[tuple[str, tuple[int, ...]]]
 
@@ -68,8 +70,8 @@ def _bottleneck_tensors(additions: Sequence[Bottlenecks]) -> Iterator[tuple[str,
 
 
 COMPANIONS = {
-    SoftPrompt.family: Companion("soft_prompt.safetensors", _prompt_layout, _prompt_tensors),
-    Prefix.family: Companion("past_key_values.safetensors", _prefix_layout, _prefix_tensors),
+    SoftPrompt.family: Companion(SOFT_PROMPT, _prompt_layout, _prompt_tensors),
+    Prefix.family: Companion(PAST_KEY_VALUES, _prefix_layout, _prefix_tensors),
     Bottlenecks.family: Companion(TENSORS, _bottleneck_layout, _bottleneck_tensors),
 }
 

@@ -23,7 +23,7 @@ from composer.exporters.tokenizer import Tokenizer, read_tokenizer
 from composer.files import read_json
 from composer.plan import NewRows, Plan, ShardPlan, TensorJob, encode_shard, tied
 
-__all__ = ["embedding_scale", "with_virtual_tokens"]
+__all__ = ["GENERATES", "embedding_scale", "with_virtual_tokens"]
 
 # Their embedding layer multiplies what it looks up; PEFT puts a prompt behind that layer.
 SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3", "gemma3_text")

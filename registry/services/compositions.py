@@ -107,7 +107,12 @@ class Resolved:
             "files": {name: sha256_file(files[name]) for name in copy_names(files)},
             "shards": [[shard.name, list(shard.header.tensors)] for shard in self.base.checkpoint.shards],
             "adapters": [
-                [item.digest, item.term.weight, [[each.pattern, each.weight] for each in item.term.modules]]
+                [
+                    item.digest,
+                    item.term.weight,
+                    [[each.pattern, each.weight] for each in item.term.modules],
+                    *([item.term.task] if item.term.task is not None else []),
+                ]
                 for item in self.adapters
             ],
             "labels": [self.recipe.base, *(item.label for item in self.adapters)],
@@ -269,7 +274,10 @@ class Compositions:
 
     @staticmethod
     def _plan(resolved: Resolved) -> Plan:
-        terms = [Term(item.label, item.adapter, item.term.weight, item.term.modules) for item in resolved.adapters]
+        terms = [
+            Term(item.label, item.adapter, item.term.weight, item.term.modules, item.term.task)
+            for item in resolved.adapters
+        ]
         return make_plan(resolved.recipe, resolved.base.checkpoint, terms)
 
     def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:

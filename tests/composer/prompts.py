@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix-tuning-projection": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 24}),
     "prefix-tuning-cartridge": ("CartridgeConfig", {"num_frozen_tokens": 1}),
 }
+MULTITASK = ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2})
 PROMPTS = [case for case in CASES if not case.startswith("prefix")]
 PREFIXES = [case for case in CASES if case.startswith("prefix")]
 
@@ -74,7 +75,7 @@ def adapt(model: Any, case: str, folder: Path, *, seed: int = 5, tokens: int = T
     """Put PEFT's adapter of a case on `model`, far from its initial values, and save it; returns PEFT's model."""
     import peft
 
-    config, options = CASES[case]
+    config, options = CASES.get(case, MULTITASK)
     task = "SEQ_CLS" if "Classification" in type(model).__name__ else "CAUSAL_LM"
     torch.manual_seed(seed)
     sizes = {} if case == "cpt" else {"num_virtual_tokens": tokens}
@@ -106,7 +107,8 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 def greedy(model: Any, ids: Tensor, count: int = 32, **options: Any) -> Tensor:
-    """The next `count` most likely tokens, whatever ends a text."""
+    """The next `count` most likely tokens; none ends the text."""
     inputs = options or {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    model.generation_config.eos_token_id = None
+    found = model.generate(**inputs, max_new_tokens=count, do_sample=False)
     return found[:, -count:]

@@ -38,6 +38,7 @@ from composer.exporters.onnx import bind, graph_cache, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.bottlenecks import insert_bottlenecks
 from composer.exporters.onnx.session import generate, open_session, require_runtime
+from composer.exporters.onnx.virtual_tokens import insert_virtual_tokens
 
 if TYPE_CHECKING:
     import onnx
@@ -105,6 +106,7 @@ def export_onnx(
     bound = bind.bind(graph, folder)
     if (folder / BUNDLE).is_file():
         insert_bottlenecks(bound.model, folder)
+    insert_virtual_tokens(bound.model, folder, config, architecture)
     graph.metadata_props.add(key="composer.graph_digest", value=digest)
     aside = _write_aside(folder, bound.model)
     clock.append(time.perf_counter())

@@ -129,7 +129,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
 # tests/composer/test_merge_oracles.py; test_kinds_that_… below; tests/composer/test_checkpoint_delta.py; test_prompts.py
-ELSEWHERE = {"lora", "unmergeable", "checkpoint-delta", "prompt-tuning", "p-tuning", "cpt", "prefix-tuning"}
+PROMPT_KINDS = {"prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning", "prefix-tuning"}
+ELSEWHERE = {"lora", "unmergeable", "checkpoint-delta", "bottleneck", *PROMPT_KINDS}
 
 
 @pytest.fixture(scope="module")

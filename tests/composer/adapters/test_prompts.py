@@ -228,7 +228,7 @@ class TestStacks:
 def test_exports_that_cannot_hold_it_say_which_can(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """A LoRA holds no virtual tokens; the remedy names an export that does."""
     adapt(make_model("llama"), case, tmp_path / "adapter")
-    refused = [Export.PEFT, Export.ONNX, *([Export.SAFETENSORS] if case in PREFIXES else [])]
+    refused = [Export.PEFT, *([Export.SAFETENSORS] if case in PREFIXES else [])]
     for export in refused:
         with pytest.raises(UnsupportedAdapterError) as caught:
             compose(plan_folders(bases["llama"], [(tmp_path / "adapter", 1.0)], export=export), tmp_path / "out")
@@ -270,3 +270,61 @@ def test_the_catalogue_knows_what_a_prompt_fits(registry: Any, bases: dict[str, 
     assert plan.touched == 0
     assert "soft_prompt.safetensors" in plan.files
     assert registry.inspect("team/prefix")["virtual_tokens"] == 5
+
+
+class TestTasks:
+    """One prompt of several, named in the recipe."""
+
+    @pytest.mark.parametrize("task", [0, 2])
+    def test_a_task_computes_what_peft_computes(
+        self, task: int, bases: dict[str, Path], loaders: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """Oracle: PEFT live with that task's id, to 1e-5; the tasks differ by far more."""
+        adapt(make_model("llama"), "multitask", tmp_path / "adapter")
+        plan = plan_folders(bases["llama"], [(tmp_path / "adapter", 1.0)], export=Export.BUNDLE, task=task)
+        outcome = compose(plan, tmp_path / "out")
+        assert outcome.record["additions"][0]["adds"] == f"5 virtual tokens before every input (task {task})"
+        model = type(make_model("llama")).from_pretrained(outcome.out)
+        wanted = live(make_model("llama"), tmp_path / "adapter")
+        ids = sample_ids()
+        by_task = [logits(wanted, ids, task_ids=torch.tensor([number] * 2)) for number in range(3)]
+        with torch.no_grad():
+            found = model(**loaders["with_prompt"](outcome.out, model, ids)).logits[:, 5:]
+        assert torch.allclose(found, by_task[task], rtol=0, atol=1e-5)
+        assert (by_task[0] - by_task[2]).abs().max() > 1e-2
+
+    def test_a_task_must_be_one_of_the_adapters(self, bases: dict[str, Path], tmp_path: Path) -> None:
+        """None named of several, one too many, one of an adapter that has none."""
+        adapt(make_model("llama"), "multitask", tmp_path / "tasks")
+        adapt(make_model("llama"), "prompt-tuning", tmp_path / "prompt")
+        for name, task, message in (
+            ("tasks", None, "none is named"),
+            ("tasks", 3, "no task 3"),
+            ("prompt", 0, "no task 0"),
+        ):
+            with pytest.raises(RecipeError, match=message):
+                plan_folders(bases["llama"], [(tmp_path / name, 1.0)], task=task)
+
+    def test_factors_of_another_size_are_named(self, bases: dict[str, Path], tmp_path: Path) -> None:
+        """One task too many in the config, or a factor of another rank."""
+        adapt(make_model("llama"), "multitask", tmp_path)
+        edit_json(tmp_path / "adapter_config.json", num_tasks=4)
+        with pytest.raises(CorruptFileError, match="prefix_task_cols"):
+            open_adapter(tmp_path)
+
+    def test_the_catalogue_composes_a_task_by_its_name(
+        self, registry: Any, bases: dict[str, Path], tmp_path: Path
+    ) -> None:
+        """Two tasks of one version are two results; undo goes back to the other adapters without the task."""
+        from composer.recipe import parse_recipe
+
+        adapt(make_model("llama"), "multitask", tmp_path / "tasks")
+        registry.add_base(bases["llama"], name="llama")
+        registry.publish(tmp_path / "tasks", name="team/tasks", version="1.0.0", base="llama")
+        texts = [f"llama+team/tasks@1.0.0#{task}" for task in (0, 1)]
+        done = [registry.compose(parse_recipe(text), tmp_path / text[-1]) for text in texts]
+        assert [item.recipe_text for item in done] == texts
+        assert done[0].output_digest != done[1].output_digest
+        assert registry.compose(parse_recipe(texts[0]), tmp_path / "0").cached
+        with pytest.raises(RecipeError, match="none is named"):
+            registry.plan(parse_recipe("llama+team/tasks"))
