@@ -332,12 +332,32 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
             open_adapter(folder)
 
 
+def test_a_norm_before_may_have_either_of_its_names_or_both(tmp_path: Path) -> None:
+    """The library saves one module under two; where these differ, neither is taken."""
+    tensors = load_file(ROOT / "bert-classifier" / "norms" / "adapter.safetensors")
+    shutil.copytree(ROOT / "bert-classifier" / "norms", tmp_path / "norms")
+    base, found = ROOT / "bert-classifier" / "base", []
+    for absent in ("adapter_norm_before", "adapter_down.0", "neither"):
+        save_file(
+            {name: t for name, t in tensors.items() if absent not in name}, tmp_path / "norms/adapter.safetensors"
+        )
+        plan = plan_folders(base, [(tmp_path / "norms", 1.0)], export=Export.BUNDLE)
+        found.append(compose(plan, tmp_path / absent).out / TENSORS)
+    assert found[0].read_bytes() == found[1].read_bytes() == found[2].read_bytes()
+    name = next(name for name in tensors if name.endswith("adapter_down.0.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "norms" / "adapter.safetensors")
+    with pytest.raises(CorruptFileError, match="are one tensor, and differ"):
+        compose(plan_folders(base, [(tmp_path / "norms", 1.0)], export=Export.BUNDLE), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_loader_names_what_does_not_fit(tmp_path: Path) -> None:
     """Another format, a module that the model lacks, tensors that are left."""
     bundle("llama", "houlsby", tmp_path / "out")
     model = load_model(ROOT / "bert-classifier" / "base")
     with pytest.raises(ValueError, match=r"no module model\.layers\.0"):
         attach(model, tmp_path / "out")
+    assert torch.equal(run(model, EXPECTED["bert-classifier"]), EXPECTED["bert-classifier"]["base"])
     document = json.loads((tmp_path / "out" / BUNDLE).read_text())
     (tmp_path / "out" / BUNDLE).write_text(json.dumps({**document, "sites": document["sites"][1:]}))
     model = load_model(ROOT / "llama" / "base")
