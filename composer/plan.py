@@ -46,8 +46,9 @@ TILE_ROWS = 4  # the compiled kernel merges so many rows at a time, the rest of 
 STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another for each block
 FACTOR_BYTES = 64 << 20  # more factors than this are not held at once
 THREADS = min(4, os.cpu_count() or 1)
-IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
-ROOMS = IN_FLIGHT + 4  # buffers of the output: those, and some on their way to the disk
+LANES = 2  # files that are written at a time
+IN_FLIGHT = THREADS  # blocks of each that are begun and not yet passed on
+ROOMS = IN_FLIGHT + 3  # buffers of each: those, and some on their way to the disk
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
 SCRATCH = 32  # bytes a number and delta that a method holds besides its arguments: masks, ranks, random numbers
 # Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
@@ -220,8 +221,9 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
+        lanes = min(LANES, len(self.shards))
         largest = max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
-        return largest + ROOMS * ROOM_BYTES
+        return lanes * (largest + ROOMS * ROOM_BYTES)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:

@@ -12,7 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from composer.kernels import (
     restores,
 )
 from composer.methods import BoundMethod, find_method
-from composer.plan import IN_FLIGHT, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
+from composer.plan import IN_FLIGHT, LANES, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
 from composer.probe import check_probe, probe
 from composer.provenance import composition_record
 from composer.quantised import QuantisedTensor
@@ -109,30 +110,67 @@ def compose(
 def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
     """Write the weights, their index and the files that go along; the sink is not committed.
 
-    A few threads fill rooms of the output, or compute blocks; this one passes them on in order. At most `IN_FLIGHT`
-    of them are held, and as many rooms again are on their way to the disk.
+    Two files at a time, so that their sha256, which is a chain, do not hold each other up. Of each, threads fill rooms
+    of the output or compute blocks, at most `IN_FLIGHT`, and they are passed on in order.
     """
-    survival = Survival(len(plan.terms))
-    total, done = plan.nbytes, 0
-    with ThreadPoolExecutor(THREADS) as pool, Staging(ROOMS) as staging:
-        for shard in plan.shards:
-            with sink.open(shard.name, staging) as writer:
-                writer.write(shard.header)
-                done += len(shard.header)
-                for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
-                    if isinstance(part, Room):
-                        writer.append(part)
-                    else:
-                        writer.write(part.data, part.offset)
-                    if measured is not None:
-                        survival.merge(measured)
-                    done += len(part)
-                    progress("merging", done, total)
-        sink.settle()
+    survival, tally = Survival(len(plan.terms)), Tally(progress, plan.nbytes)
+    with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(LANES) as lanes, tally.until_one_fails():
+        shards = [lanes.submit(_write_shard, shard, plan, sink, pool, tally) for shard in plan.shards]
+        wait(shards)
+        for shard in sorted(shards, key=_stopped):  # what went wrong before what was stopped for it
+            shard.result()
+        for shard in shards:
+            survival.merge(shard.result())
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
     for name in dict.fromkeys((*copy_names(plan.checkpoint.files), *plan.files)):
         sink.write(name, _companion(plan, name))
+    return survival
+
+
+def _stopped(shard: Future[Survival]) -> bool:
+    return isinstance(shard.exception(), CancelledError)
+
+
+class Tally:
+    """Counts the bytes of all files; once one has failed, the others stop at their next block."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock, self._stopped = threading.Lock(), False
+
+    def add(self, count: int) -> None:
+        """Report `count` more bytes. Raises CancelledError once stopped, and whatever the report raises."""
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            self._done += count
+            with self.until_one_fails():
+                self._progress("merging", self._done, self._total)
+
+    @contextmanager
+    def until_one_fails(self) -> Iterator[None]:
+        """Stop the others when what is done within fails."""
+        try:
+            yield
+        except BaseException:
+            self._stopped = True
+            raise
+
+
+def _write_shard(shard: ShardPlan, plan: Plan, sink: FolderSink, pool: ThreadPoolExecutor, tally: Tally) -> Survival:
+    survival = Survival(len(plan.terms))
+    with tally.until_one_fails(), Staging(ROOMS) as staging, sink.open(shard.name, staging) as writer:
+        writer.write(shard.header)
+        tally.add(len(shard.header))
+        for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
+            if isinstance(part, Room):
+                writer.append(part)
+            else:
+                writer.write(part.data, part.offset)
+            if measured is not None:
+                survival.merge(measured)
+            tally.add(len(part))
     return survival
 
 
