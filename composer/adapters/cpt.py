@@ -13,7 +13,7 @@ __all__ = ["ContextPromptTuning"]
 
 @adapter_kind
 class ContextPromptTuning(PromptTuning):
-    """Read as a soft prompt."""
+    """No weight: the changed embeddings of examples come before those of every input."""
 
     name = "cpt"
     peft_types = ("CPT",)

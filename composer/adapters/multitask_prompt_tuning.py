@@ -25,7 +25,7 @@ COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
 @adapter_kind
 class MultitaskPromptTuning(PromptTuning):
-    """One SoftPrompt, of the task that the recipe names."""
+    """No weight: the vectors of the task that the recipe names come before the embeddings of every input."""
 
     name = "multitask-prompt-tuning"
     peft_types = ("MULTITASK_PROMPT_TUNING",)

@@ -13,7 +13,7 @@ __all__ = ["PTuning"]
 
 @adapter_kind
 class PTuning(PromptTuning):
-    """Read as a soft prompt."""
+    """No weight: the vectors that its encoder gave come before the embeddings of every input."""
 
     name = "p-tuning"
     peft_types = ("P_TUNING",)

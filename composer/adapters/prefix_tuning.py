@@ -25,10 +25,11 @@ __all__ = ["PrefixTuning"]
 
 @adapter_kind
 class PrefixTuning:
-    """One Prefix; a classifier that was trained along is replaced."""
+    """No weight: keys and values of k tokens come before those of every input; a trained classifier is replaced."""
 
     name = "prefix-tuning"
     peft_types = ("PREFIX_TUNING", "CARTRIDGE")
+    exports = ("onnx", "bundle")
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise CorruptFileError where config and tensors disagree, UnsupportedAdapterError for an encoder-decoder."""

@@ -20,11 +20,12 @@ __all__ = ["PromptTuning"]
 
 @adapter_kind
 class PromptTuning:
-    """One SoftPrompt; a classifier that was trained along is replaced."""
+    """No weight: k vectors come before the embeddings of every input; a classifier trained along is replaced."""
 
     name = "prompt-tuning"
     peft_types = ("PROMPT_TUNING",)
     parts: tuple[str, ...] = (PROMPT,)
+    exports: tuple[str, ...] = ("safetensors", "onnx", "bundle")
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise CorruptFileError where config and tensors disagree, UnsupportedAdapterError for an encoder-decoder."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from composer.adapters import open_adapter
+from composer.adapters import kinds, open_adapter
 from composer.errors import (
     CorruptFileError,
     IncompatibleError,
@@ -234,6 +234,17 @@ def test_exports_that_cannot_hold_it_say_which_can(case: str, bases: dict[str, P
             compose(plan_folders(bases["llama"], [(tmp_path / "adapter", 1.0)], export=export), tmp_path / "out")
         assert "bundle" in caught.value.remedy
         assert not (tmp_path / "out").exists()
+
+
+def test_the_docs_have_a_row_for_each_kind() -> None:
+    """With the types that it reads and what it exports to."""
+    text = DOCS.read_text()
+    found = {name: kind for name, kind in kinds().items() if hasattr(kind, "exports")}
+    assert len(found) >= 5
+    for name, kind in found.items():
+        (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {name} |")]
+        assert row[1] == ", ".join(f"`{peft_type}`" for peft_type in kind.peft_types)
+        assert row[-1] == f"{', '.join(kind.exports)} |"
 
 
 def test_a_bundle_without_additions_is_refused(bases: dict[str, Path]) -> None:
