@@ -35,6 +35,9 @@ def recipe_options(command: F) -> F:
         help="The weakest compatibility to accept.",
     )(command)
     command = click.option(
+        "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
+    )(command)
+    command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
     )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
@@ -58,7 +61,14 @@ def recipe_options(command: F) -> F:
 
 
 def to_recipe(
-    text: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, rank: int | None, allow: str
+    text: str,
+    method: str,
+    parameters: tuple[str, ...],
+    dtype: str,
+    export: str,
+    rank: int | None,
+    allow: str,
+    untie: bool,
 ) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
     from composer.recipe import Allow, Dtype, Export, load_recipe, parse_recipe
@@ -66,11 +76,18 @@ def to_recipe(
     pairs = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
         words = {"method": method, "parameters": pairs, "dtype": dtype, "export": export}
-        words |= {"rank": rank, "allow": allow}
+        words |= {"rank": rank, "allow": allow, "untie": untie}
         source = click.get_current_context().get_parameter_source
         return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
     return parse_recipe(
-        text, method=method, parameters=pairs, dtype=Dtype(dtype), export=Export(export), rank=rank, allow=Allow(allow)
+        text,
+        method=method,
+        parameters=pairs,
+        dtype=Dtype(dtype),
+        export=Export(export),
+        rank=rank,
+        allow=Allow(allow),
+        untie=untie,
     )
 
 
@@ -118,6 +135,7 @@ def plan(
     export: str,
     rank: int | None,
     allow: str,
+    untie: bool,
 ) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
@@ -126,7 +144,7 @@ def plan(
     """
     from cli.views import plan_block
 
-    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, rank, allow))
+    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, rank, allow, untie))
     emit(settings, info, lambda: plan_block(info), lambda: "accepted" if info.accepted else "refused", info.warnings)
     if not info.accepted:
         click.get_current_context().exit(INCOMPATIBLE)
@@ -155,6 +173,7 @@ def compose(
     export: str,
     rank: int | None,
     allow: str,
+    untie: bool,
     out: Path | None,
     force: bool,
     probe: Path | None,
@@ -166,7 +185,7 @@ def compose(
     """
     from cli.views import composition_block
 
-    wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow)
+    wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow, untie)
     folder = out or default_out(wanted)
     with settings.progress() as progress:
         result = settings.registry.compose(wanted, folder, replace=force, probe=_text(probe), progress=progress)

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from composer.checkpoint import INDEX
+from composer.companions import companion_files
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
-from composer.files import copy_names, read_json
 from composer.growth import grown_parts
 from composer.kernels import (
     LoadedTerm,
@@ -51,7 +51,6 @@ Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 15, 16
 LOCAL = threading.local()
 STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
-CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +122,8 @@ def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
             survival.merge(shard.result())
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
-    for name in dict.fromkeys((*copy_names(plan.checkpoint.files), *plan.files)):
-        sink.write(name, _companion(plan, name))
+    for name, data in companion_files(plan):
+        sink.write(name, data)
     return survival
 
 
@@ -320,7 +319,7 @@ def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Surviv
         job.source.read_into(first, view)
         base = block.copy()
         block[:] = merge_block(base, terms, start, _method(plan, job), job.dtype)[0]
-        check_overflow(base, block, job.source.name)
+        check_overflow(base, block, job.name)
     _measure(job, plan, terms, tiles, block, start, survival)
 
 
@@ -338,7 +337,7 @@ def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memory
 
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int, offset: int) -> Done:
     rows, columns = job.matrix
-    name, width = job.source.name, job.source.nbytes // rows
+    name, width = job.name, job.source.nbytes // rows
     base = np.frombuffer(_read(job.source, start * width, stop * width), DTYPES[job.source.dtype])
     base = base.reshape(stop - start, columns)
     survival = Survival(len(plan.terms)) if terms else None
@@ -379,7 +378,7 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: i
         assert total is not None
         with np.errstate(over="ignore"):
             result = (original + total).astype(DTYPES[job.dtype])
-        check_overflow(base, result, job.source.name)
+        check_overflow(base, result, job.name)
     survival = Survival(len(plan.terms))
     change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
     survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
@@ -411,7 +410,7 @@ def _measure(
 
 
 def _method(plan: Plan, job: TensorJob) -> BoundMethod:
-    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.source.name)
+    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.name)
 
 
 def _index(plan: Plan) -> bytes:
@@ -421,20 +420,3 @@ def _index(plan: Plan) -> bytes:
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _companion(plan: Plan, name: str) -> bytes:
-    """A file that goes along, the base's or the plan's own; config.json names a new dtype and other sizes."""
-    if name in plan.files:
-        return plan.files[name]
-    path = plan.checkpoint.files[name]
-    dtype = plan.config_dtype
-    if name != "config.json" or (dtype is None and not plan.config_changes):
-        return path.read_bytes()
-    config = read_json(path)
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config.pop("quantization_config", None)
-        config["dtype"] = CONFIG_DTYPE[dtype]
-    config.update(plan.config_changes)
-    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -20,9 +20,11 @@ from sqlalchemy import Engine, select
 import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
+from composer.companions import companion_files
 from composer.errors import TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.probe import probe_digest
 from composer.provenance import manifest_digest
@@ -148,18 +150,11 @@ class Compositions:
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
         if in_place:
-            files = in_place.plan_files(plan)
+            files, companions = in_place.plan_files(plan), {}
         else:
             added = find_exporter(recipe.export).plan_files(plan)
             files = {**{shard.name: shard.nbytes for shard in plan.shards}, **added}
-        companions = (
-            {}
-            if in_place
-            else {
-                **{name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)},
-                **{name: len(data) for name, data in plan.files.items()},
-            }
-        )
+            companions = {name: len(data) for name, data in companion_files(plan)}
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -235,7 +230,7 @@ class Compositions:
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
-        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, checkpoint.shapes)
+        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, places(checkpoint))
         return ResolvedBase(checkpoint, facts, found.tokenizer, found.chat_template)
 
     @staticmethod
