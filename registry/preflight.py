@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,16 @@ from composer.adapters import Adapter
 from composer.bottlenecks import Bottlenecks
 from composer.checkpoint import Checkpoint
 from composer.deltas import LowRank
-from composer.plan import Plan, Term
-from composer.tensors import DTYPES
+from composer.errors import TypedError
+from composer.plan import Plan, Term, make_plan
+from composer.quantised import QuantisedTensor
+from composer.recipe import Recipe
+from composer.tensors import DTYPES, TensorSpec
 from registry.schemas import Advice
 
 __all__ = ["adapter_advice", "plan_advice", "training_examples"]
+
+Change = tuple[TensorSpec | QuantisedTensor, LowRank]
 
 ARXIV = "https://arxiv.org/abs/"
 BILLION = 10**9
@@ -48,10 +54,20 @@ COUNTS = tuple(re.compile(saying, re.IGNORECASE) for saying in SAYINGS)
 def adapter_advice(
     label: str, adapter: Adapter, *, parameters: int | None = None, base: Checkpoint | None = None
 ) -> list[Advice]:
-    """What can be said of one adapter.
+    """What can be said of an adapter before it is composed.
 
-    parameters: of the base it goes on, where it is known. base: that base at hand, to which the adapter is bound.
+    parameters: of the base it was trained on, where that is known. base: that base, where it is at hand.
     """
+    changes: list[Change] = []
+    if base is not None:
+        try:
+            changes = _changes(make_plan(Recipe(base=label, untie=True), base, [Term(label, adapter, 1.0)]), 0)
+        except TypedError:  # what does not compose is told when it is composed
+            changes = []
+    return _advice_on(label, adapter, parameters, changes)
+
+
+def _advice_on(label: str, adapter: Adapter, parameters: int | None, changes: Sequence[Change]) -> list[Advice]:
     found: list[Advice] = []
     families = {addition.family: addition for addition in adapter.additions()}
     if "prompt" in families and parameters is not None and parameters < BILLION:
@@ -68,8 +84,8 @@ def adapter_advice(
         )
         found.append(_advice("bottlenecks-add-latency", label, message, "2106.09685"))
     rank = adapter.signature.rank
-    if base is not None and rank is not None and rank <= OUR_LOW_RANK and not families:
-        shift = _relative_shift(adapter, base)
+    if rank is not None and rank <= OUR_LOW_RANK:
+        shift = _relative_shift(changes)
         if shift is not None and shift >= OUR_LARGE_SHIFT:
             message = (
                 f"rank {rank} carries a change of {shift:.0%} of the weights it is added to: changes that large have a "
@@ -93,9 +109,7 @@ def plan_advice(plan: Plan) -> list[Advice]:
     found = [
         advice
         for index in sorted(counted)
-        for advice in adapter_advice(
-            plan.terms[index].label, plan.terms[index].adapter, parameters=parameters, base=plan.checkpoint
-        )
+        for advice in _advice_on(plan.terms[index].label, plan.terms[index].adapter, parameters, _changes(plan, index))
     ]
     full = _summed_at_full_weight(plan)
     if len(full) > 1:
@@ -135,15 +149,20 @@ def _summed_at_full_weight(plan: Plan) -> list[Term]:
     return [plan.terms[index] for index in sorted(shared)]
 
 
-def _relative_shift(adapter: Adapter, base: Checkpoint) -> float | None:
-    """‖ΔW‖ / ‖W‖ (Frobenius) over a sample of rows of a few tensors; None where no low-rank change fits the base."""
-    binding = adapter.bind(base.shapes)
-    if binding.mismatches:
-        return None
-    deltas = [delta for delta in adapter.deltas(binding.names) if isinstance(delta, LowRank)]
+def _changes(plan: Plan, term: int) -> list[Change]:
+    """The low-rank changes of one adapter, each with where the base's tensor lies."""
+    return [
+        (job.source, item.delta)
+        for job in plan.jobs
+        for item in job.deltas
+        if item.term == term and isinstance(item.delta, LowRank)
+    ]
+
+
+def _relative_shift(changes: Sequence[Change]) -> float | None:
+    """‖ΔW‖ / ‖W‖ (Frobenius) over a sample of rows of a few tensors; None where there are none."""
     change = weight = 0.0
-    for delta in deltas[:: max(1, len(deltas) // SAMPLED_TENSORS)]:
-        source = base.tensors[delta.target]
+    for source, delta in changes[:: max(1, len(changes) // SAMPLED_TENSORS)]:
         rows = source.shape[0]
         width = source.nbytes // rows
         stop = min(rows, SAMPLED_ROWS)

@@ -90,6 +90,21 @@ def test_a_low_rank_for_a_large_shift(rank: int, size: float, found: bool, dtype
     assert adapter_advice("l", adapter) == []
 
 
+def test_the_shift_of_replicated_layers_is_beside_the_base_s_own(tmp_path: Path) -> None:
+    """The adapter's tensors are named after a deeper model."""
+    folder = write_base(
+        tmp_path / "base",
+        {f"{module}.weight": np.ones(shape, np.float32) for module, shape in MODULES.items()},
+        num_hidden_layers=6,
+    )
+    deeper = {f"model.layers.{layer}.q_proj": (12, 8) for layer in range(8)}
+    write_lora(tmp_path / "lora", deeper, rank=2, std=1.0, layer_replication=[[0, 6], [4, 6]])
+    adapter = open_adapter(tmp_path / "lora")
+    assert codes(adapter_advice("l", adapter, base=open_checkpoint(folder))) == ["low-rank-for-its-shift"]
+    plan = plan_folders(folder, [(tmp_path / "lora", 1.0)])
+    assert codes(plan_advice(plan)) == ["low-rank-for-its-shift"]
+
+
 def test_a_base_that_does_not_fit_gives_no_shift(tmp_path: Path) -> None:
     """Publishing an adapter with another base says other things."""
     other = write_base(tmp_path / "other", {"x.weight": np.ones((2, 2), np.float32)})
