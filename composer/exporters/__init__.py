@@ -71,18 +71,17 @@ class OnnxExporter:
     """A graph beside the weights, verified in ONNX Runtime."""
 
     def prepare(self, plan: Plan) -> Plan:
-        """Raise UnsupportedArchitectureError for a model that is not traced, UnsupportedAdapterError for an addition.
-
-        The graph of an encoder has no cache that a prefix could be put into.
-        """
+        """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
         self.check(plan.checkpoint)
+        architecture = plan.checkpoint.architecture
+        takes_prefix = architecture.endswith(GENERATES) or architecture.startswith(PREFIX_ENCODERS)
         for item in plan.additions:
-            if item.addition.family == Prefix.family and not plan.checkpoint.architecture.endswith(GENERATES):
+            if item.addition.family == Prefix.family and not takes_prefix:
                 raise UnsupportedAdapterError(
-                    f"{plan.terms[item.term].label} cannot become part of the graph: an encoder has no cache",
-                    expected="a prefix of a model that generates",
-                    found=plan.checkpoint.architecture,
-                    remedy="export bundle, which keeps it in a file for transformers",
+                    f"{plan.terms[item.term].label} cannot become part of the graph: it takes no keys and values",
+                    expected=f"a prefix of a model that generates, or of {', '.join(PREFIX_ENCODERS)}",
+                    found=architecture,
+                    remedy="use the base that it was trained on",
                 )
         return plan
 
@@ -115,6 +114,7 @@ class OnnxExporter:
         return {"format": "onnx", **facts, **added}, seconds
 
 
+PREFIX_ENCODERS = ("Bert", "Roberta", "XLMRoberta")  # transformers gives them past_key_values
 PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}
 EXPORTERS: dict[str, Exporter] = {
     "safetensors": SafetensorsExporter(),

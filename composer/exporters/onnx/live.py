@@ -48,8 +48,9 @@ class LiveModel:
         mask = torch.cat([attention_mask.new_ones(batch, self.tokens), attention_mask], dim=1)
         if self.prefix:
             pairs = [tuple(part.expand(batch, -1, -1, -1) for part in pair) for pair in self.prefix]
-            inputs |= {"use_cache": True, "past_key_values": DynamicCache(pairs)}
-            inputs["position_ids"] = inputs["position_ids"] + self.tokens
+            inputs["past_key_values"] = DynamicCache(pairs)
+            if "position_ids" in inputs:
+                inputs |= {"use_cache": True, "position_ids": inputs["position_ids"] + self.tokens}
             return {self.output: self.module(input_ids=input_ids, attention_mask=mask, **inputs)[self.output]}
         real = self.module.get_input_embeddings()(input_ids)
         embeddings = torch.cat([self.prompt.expand(batch, -1, -1), real], dim=1)

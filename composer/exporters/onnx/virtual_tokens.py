@@ -4,8 +4,9 @@
     graph's       1 … 1 | mask                     0 … k-1 | ids + k       prompt | embeddings  prefix | cache
 
 The caller speaks of real tokens only: k ones come before every mask, and positions count from k on. The prompt or the
-prefix itself comes in where the cache is empty, so that generation goes on with the cache that the first pass returned;
-an encoder has no cache, and gets it in every pass. Logits are those of the real tokens.
+prefix itself comes in where the cache is empty, so that generation goes on with the cache that the first pass returned.
+An encoder has no cache: a prompt comes before every input, a prefix before the keys and values of every Attention node.
+Logits are those of the real tokens.
 The tensors stay in their safetensors file, and the initializers point into it.
 """
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["insert_virtual_tokens"]
 
-INT64 = 7
+INT64, BOOL = 7, 9
+POSITIONS = "position_embeddings.weight"
 END = 2**62  # of a slice that goes on to the last
 WHOLE = "text-classification"  # its output has no positions
 
@@ -52,11 +54,10 @@ class _Splice:
         self.tensors = read_header(path).tensors
         self.nodes: list[onnx.NodeProto] = []
         self.renamed: dict[str, str] = {}
+        self.made = 0
 
     def prompt(self, config: dict[str, Any]) -> None:
         """Concatenate [virtual | real] wherever a pass has a position, and cut the virtual ones off its output."""
-        from onnx import helper
-
         spec = self.tensors["embeddings"]
         count, width = spec.shape
         look_up = self._look_up()
@@ -84,17 +85,19 @@ class _Splice:
         found, looked_up, real = look_up.output[0], self._name("looked_up"), self._name("real")
         look_up.output[0] = looked_up
         cut = [looked_up, inserted, self._constant("end", [END]), self._constant("axis_1", [1])]
-        put = [
-            helper.make_node("Slice", cut, [real], name=self._name("cut")),
-            helper.make_node("Concat", [before, real], [found], name=self._name("joined"), axis=1),
-        ]
+        put: list[onnx.NodeProto] = []
+        self._add("Slice", cut, real, into=put)
+        self._add("Concat", [before, real], found, axis=1, into=put)
         place = own.index(look_up) + 1
         after = [] if self.architecture.task == WHOLE else self._cut_output(own, inserted)
         self._finish([*own[:place], *put, *own[place:]], after)
 
     def prefix(self, config: dict[str, Any]) -> None:
-        """Concatenate [prefix | cache] where the cache is empty, in every layer."""
+        """Concatenate [prefix | cache] where the cache is empty, in every layer; or, in an encoder, [prefix | keys]."""
         del config
+        if not self.architecture.is_causal:
+            self._prefix_of_encoder()
+            return
         caches = [item.name for item in self.graph.input if item.name.startswith(PAST)]
         specs = {f"{PAST}{name.removeprefix('layers.')}": spec for name, spec in self.tensors.items()}
         if set(caches) != set(specs):
@@ -111,6 +114,37 @@ class _Splice:
         own = list(self.graph.node)
         rename_inputs(own, self.renamed)
         self._finish(own, [])
+
+    def _prefix_of_encoder(self) -> None:
+        own = list(self.graph.node)
+        layers = [node for node in own if node.op_type == "Attention"]
+        gathers = [node for node in own if node.op_type == "Gather"]
+        places = [node for node in gathers if node.input[0].removesuffix(".float32").endswith(POSITIONS)]
+        if 2 * len(layers) != len(self.tensors) or len(places) != 1:
+            raise self._lost(f"{len(layers)} attention nodes and {len(places)} look-ups of positions")
+        count = self.tensors["layers.0.key"].shape[2]
+        batch, inserted = self._common(count)
+        before: dict[str, list[onnx.NodeProto]] = {node.output[0]: [] for node in (*places, *layers)}
+        moved = [places[0].input[1], self._constant("count", [count])]
+        places[0].input[1] = self._add("Add", moved, into=before[places[0].output[0]])
+        masks: dict[str, str] = {}
+        for number, node in enumerate(layers):
+            here = before[node.output[0]]
+            for position, part in ((1, "key"), (2, "value")):
+                spec = self.tensors[f"layers.{number}.{part}"]
+                _, heads, _, size = spec.shape
+                sizes = [batch, self._constant("heads", [heads]), inserted, self._constant("size", [size])]
+                first = self._repeated(self._external(spec, spec.shape), inserted, sizes, axis=2)
+                node.input[position] = self._add("Concat", [first, node.input[position]], axis=2, into=here)
+            for mask in node.input[3:4]:
+                if mask not in masks:
+                    shape = self._add("Shape", [mask], start=0, end=3, into=here)
+                    sizes = self._add("Concat", [shape, inserted], axis=0, into=here)
+                    seen = self._constant("seen", [True], [1, 1, 1, 1], to=BOOL)
+                    first = self._add("Expand", [seen, sizes], into=here)
+                    masks[mask] = self._add("Concat", [first, mask], axis=3, into=here)
+                node.input[3] = masks[mask]
+        self._finish([item for node in own for item in (*before.get(node.output[0], ()), node)], [])
 
     def _look_up(self) -> onnx.NodeProto:
         """The node that gives [batch, length, width] of the ids."""
@@ -154,8 +188,9 @@ class _Splice:
                     node.output[position] = whole
         rename_inputs(own, {name: whole})
         end = self._constant("end", [END])
-        self._add("Slice", [whole, inserted, end, self._constant("axis_1", [1])], name)
-        return [self.nodes.pop()]
+        cut: list[onnx.NodeProto] = []
+        self._add("Slice", [whole, inserted, end, self._constant("axis_1", [1])], name, into=cut)
+        return cut
 
     def _finish(self, own: list[onnx.NodeProto], after: list[onnx.NodeProto]) -> None:
         """All nodes in order; shapes noted inside the graph no longer hold, those of the outputs' caches neither."""
@@ -193,12 +228,22 @@ class _Splice:
     def _name(self, name: str) -> str:
         return f"virtual_tokens.{name}"
 
-    def _add(self, op: str, inputs: list[str], output: str | None = None, **attributes: object) -> str:
-        """A node before the graph's own; returns the name of its output."""
+    def _add(
+        self,
+        op: str,
+        inputs: list[str],
+        output: str | None = None,
+        *,
+        into: list[onnx.NodeProto] | None = None,
+        **attributes: object,
+    ) -> str:
+        """A node before the graph's own, or at the end of `into`; returns the name of its output."""
         from onnx import helper
 
-        output = output or self._name(f"{op.lower()}_{len(self.nodes)}")
-        self.nodes.append(helper.make_node(op, inputs, [output], name=self._name(f"node_{output}"), **attributes))
+        self.made += 1
+        output = output or self._name(f"{op.lower()}_{self.made}")
+        node = helper.make_node(op, inputs, [output], name=self._name(f"node_{self.made}"), **attributes)
+        (self.nodes if into is None else into).append(node)
         return output
 
     def _lost(self, found: str) -> OnnxExportError:

@@ -78,6 +78,24 @@ def test_a_bundle_runs_as_peft_does(
     assert torch.equal(greedy(model, ids, **given), greedy(wanted, ids))
 
 
+@pytest.mark.parametrize("case", ["prompt-tuning", "prefix-tuning"])
+def test_a_bundle_of_a_classifier_runs_as_peft_does(
+    case: str, bases: dict[str, Path], loaders: dict[str, Any], tmp_path: Path
+) -> None:
+    """Oracle: PEFT live to 1e-5, its trained classifier included."""
+    adapt(make_model("bert"), case, tmp_path / "adapter")
+    out = bundle(bases["bert"], [tmp_path / "adapter"], tmp_path / "out")
+    model, ids = type(make_model("bert")).from_pretrained(out).eval(), sample_ids()
+    if case in PREFIXES:
+        given = {**loaders["with_prefix"](out, ids), "input_ids": ids}
+    else:
+        given = loaders["with_prompt"](out, model, ids)
+    with torch.no_grad():
+        found = model(**given).logits
+    wanted = logits(live(make_model("bert"), tmp_path / "adapter"), ids)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_an_adapter_needs_is_read_off_its_header(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """Sizes in the signature; a base of another hidden size, or of other layers, is named with both sizes."""

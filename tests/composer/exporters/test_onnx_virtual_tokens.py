@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from composer.exporters.onnx import trace as trace_module
 from composer.exporters.onnx.session import forward
 from composer.recipe import Export
 from composer.run import Outcome, compose
-from tests.composer.prompts import CASES, PREFIXES, PROMPTS, adapt, greedy, live, logits, make_model, sample_ids
+from tests.composer.prompts import CASES, PREFIXES, adapt, greedy, live, logits, make_model, sample_ids
 from tests.conftest import random_lora, save_model
-from tests.support import plan_folders
+from tests.support import edit_json, plan_folders
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -75,7 +76,7 @@ def test_a_graph_computes_what_peft_computes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in PROMPTS if case != "cpt"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("cpt", "prefix-tuning-cartridge")])
 def test_a_classifier_computes_what_peft_computes(
     case: str, bases: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
@@ -198,8 +199,32 @@ def test_a_graph_with_another_prompt_fails_verification(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_takes_no_prefix(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Its graph has no cache."""
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["prompt-tuning", "prefix-tuning"])
+def test_an_encoder_that_counts_its_padding_takes_them(case: str, cache: Path, tmp_path: Path) -> None:
+    """RoBERTa finds positions by comparing ids with the padding's; oracle: PEFT live on rows of two lengths."""
+    from tests.composer.exporters.test_onnx import build
+
+    torch.manual_seed(4)
+    base = save_model(build("RobertaForSequenceClassification"), tmp_path / "base")
+    load = transformers.RobertaForSequenceClassification.from_pretrained
+    adapt(load(base), case, tmp_path / "adapter")
+    out = export(base, [tmp_path / "adapter"], tmp_path / "out", cache).out
+    ids, mask = sample_ids(), torch.ones(2, 9, dtype=torch.int64)
+    ids[1, 6:], mask[1, 6:] = 1, 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        wanted = live(load(base).eval(), tmp_path / "adapter")(**given).logits
+    session = open_session(out / "model.onnx", threads=1)
+    found = session.run(["logits"], {name: value.numpy() for name, value in given.items()})[0]
+    assert torch.allclose(torch.from_numpy(found), wanted, rtol=0, atol=1e-5)
+
+
+def test_an_encoder_without_keys_and_values_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """DistilBERT takes none in transformers, so nothing could be compared."""
     adapt(make_model("bert"), "prefix-tuning", tmp_path / "adapter")
-    with pytest.raises(UnsupportedAdapterError, match="an encoder has no cache"):
-        compose(plan_folders(bases["bert"], [(tmp_path / "adapter", 1.0)], export=Export.ONNX), tmp_path / "out")
+    base = tmp_path / "base"
+    shutil.copytree(bases["bert"], base)
+    edit_json(base / "config.json", architectures=["DistilBertForSequenceClassification"])
+    with pytest.raises(UnsupportedAdapterError, match="takes no keys and values"):
+        compose(plan_folders(base, [(tmp_path / "adapter", 1.0)], export=Export.ONNX), tmp_path / "out")
