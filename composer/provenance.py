@@ -61,6 +61,7 @@ def composition_record(
         "adapters": adapters,
         **({"additions": _additions(plan)} if plan.additions else {}),
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
+        **({"config": plan.config_changes} if plan.config_changes else {}),
         "warnings": warnings,
         **({"advice": inputs["advice"]} if inputs.get("advice") else {}),
         "export": exported,

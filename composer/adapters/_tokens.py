@@ -3,6 +3,7 @@
 <module>.token_adapter.trainable_tokens_delta [n, d]        LoRA, trainable_token_indices: [i, …] or {layer: [i, …]}
 <module>.token_adapter.base_layer.weight [V, d]             the rest of the rows, where the vocabulary was resized
 <module>.trainable_tokens_delta [n, d]                      TRAINABLE_TOKENS, token_indices: [i, …]
+<module>.base_layer.weight [V, d]                           the rest of the rows, as above
 
 Where the ends of a model are tied, PEFT trains their rows as one and may save them under both names.
 """
@@ -20,7 +21,7 @@ from composer.tensors import SafetensorsHeader, TensorSpec
 
 __all__ = ["check_tokens", "token_deltas", "token_indices", "token_targets", "token_tensors"]
 
-REST = ".token_adapter.base_layer.weight"
+REST = (".token_adapter.base_layer.weight", ".base_layer.weight")
 
 ROWS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
 
@@ -44,7 +45,7 @@ def check_tokens(config: dict[str, Any], header: SafetensorsHeader) -> None:
             raise damaged(f"adapter_config.json names a token of {module} twice", "each token once", indices[:20])
         if len(spec.shape) != 2 or spec.shape[0] != len(indices):
             raise damaged(f"{spec.name} is not one row a token", f"[{len(indices)}, d]", list(spec.shape))
-        whole = header.tensors.get(f"{PREFIX}{module}{REST}")
+        whole = _rest(header, module)
         if whole is not None and (whole.shape[1:] != spec.shape[1:] or max(indices) >= whole.shape[0]):
             raise damaged(f"{whole.name} has no place for the trained rows", f"rows for {max(indices)}", whole.shape)
 
@@ -69,8 +70,13 @@ def token_indices(config: dict[str, Any], module: str) -> tuple[int, ...]:
 
 def _alone(header: SafetensorsHeader) -> dict[str, TensorSpec]:
     """Rows that do not come with the rest of their matrix."""
-    found = token_tensors(header)
-    return {module: spec for module, spec in found.items() if f"{PREFIX}{module}{REST}" not in header.tensors}
+    return {module: spec for module, spec in token_tensors(header).items() if _rest(header, module) is None}
+
+
+def _rest(header: SafetensorsHeader, module: str) -> TensorSpec | None:
+    """The matrix that the trained rows of a module belong into, where PEFT saved it with them."""
+    found = (header.tensors.get(f"{PREFIX}{module}{end}") for end in REST)
+    return next((spec for spec in found if spec is not None), None)
 
 
 def _indices(config: dict[str, Any], module: str) -> Any:

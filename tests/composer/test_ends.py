@@ -70,6 +70,8 @@ def test_an_untied_composition_is_pefts_live_forward(
     assert_composed_is_live(bases[base], adapter, tmp_path / "out", untie=True)
     assert "lm_head.weight" in read_tensors(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    record = json.loads((tmp_path / "out" / "composition.json").read_text())
+    assert record["config"] == {"tie_word_embeddings": False}
 
 
 def head_lora(base: Path, folder: Path) -> Path:

@@ -468,7 +468,10 @@ def test_a_shard_that_holds_only_companions_is_not_written(tmp_path: Path) -> No
 
 
 def test_reading_rows_holds_no_more_than_a_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer of 4 million numbers (16 MiB in float32) composes within what the plan promises for blocks of 64 KiB."""
+    """A layer of 4 million numbers (16 MiB in float32) composes within what the plan promises for blocks of 64 KiB.
+
+    The buffers of the output are of one size whatever the layer's.
+    """
     rows, columns = 4096, 1024
     tensors = four_bit(rows, columns, 64)
     base = quantised_base(tmp_path / "base", tensors, FOUR_BIT)
@@ -480,7 +483,7 @@ def test_reading_rows_holds_no_more_than_a_few_blocks(tmp_path: Path, monkeypatc
     compose_folders(base, [(lora, 1.0)], tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert plan.peak_bytes < rows * columns
+    assert plan.peak_bytes - plan_module.ROOMS * plan_module.ROOM_BYTES < rows * columns
     assert peak < plan.peak_bytes + (1 << 20)
 
 

@@ -83,6 +83,44 @@ def test_a_resized_vocabulary_is_pefts_live_forward(
     assert ("lm_head.weight" in read_tensors(tmp_path / "out")) == (name == "free" or options == BOTH)
 
 
+def larger(base: Path, folder: Path) -> Path:
+    """The base, resized as for the training and saved."""
+    model = load_model(base)
+    torch.manual_seed(11)
+    model.resize_token_embeddings(LARGER, mean_resizing=False)
+    return save_model(model, folder)
+
+
+def test_rows_alone_bring_the_vocabulary_of_a_tied_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT saves the pair with the rows, under both names."""
+    config = peft.TrainableTokensConfig(token_indices=[14, 98])
+    adapter = random_adapter(bases["tied"], tmp_path / "adapter", config, vocabulary=LARGER)
+    (adapter / "tokenizer.json").write_text("{}")
+    compose_folders(bases["tied"], [(adapter, 1.0)], tmp_path / "out")
+    wanted = live(bases["tied"], adapter)
+    torch.testing.assert_close(logits(load_model(tmp_path / "out"), LARGER), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["free", "tied"])
+@pytest.mark.parametrize(
+    "config",
+    [peft.TrainableTokensConfig(token_indices=[14, 98]), peft.LoraConfig(r=2, target_modules=["q_proj"], **TOKENS)],
+    ids=["rows", "lora"],
+)
+def test_a_base_that_was_resized_takes_the_adapter_too(
+    bases: dict[str, Path], tmp_path: Path, name: str, config: Any
+) -> None:
+    """What the refusal asks for works: the matrix in the file takes the place of one of its size, rows and all."""
+    adapter = random_adapter(bases[name], tmp_path / "adapter", config, vocabulary=LARGER)
+    if name == "free":
+        with pytest.raises(TargetMismatchError, match=r"rows in the adapter and 96 in the base|no tokenizer"):
+            plan_folders(bases[name], [(adapter, 1.0)])
+    base = larger(bases[name], tmp_path / "larger")
+    compose_folders(base, [(adapter, 1.0)], tmp_path / "out")
+    wanted = logits(peft.PeftModel.from_pretrained(load_model(base), adapter), LARGER)
+    torch.testing.assert_close(logits(load_model(tmp_path / "out"), LARGER), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_the_tokenizer_is_the_adapters_alone(bases: dict[str, Path], tmp_path: Path) -> None:
     """The base's files of it do not go along, not even those that the adapter has no other of."""
     adapter = make(bases["free"], tmp_path / "adapter")

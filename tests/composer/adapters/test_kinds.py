@@ -21,6 +21,22 @@ from tests.support import compose_folders, edit_json, plan_folders, read_tensors
 LINEAR = ["q_proj", "k_proj", "gate_proj", "down_proj"]
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # case: (base, PEFT's config class, options)
+    "lora": ("llama", "LoraConfig", {"target_modules": LINEAR, "r": 3}),
+    "lora-conv1d": ("gpt2", "LoraConfig", {"target_modules": ["c_attn"], "r": 3, "fan_in_fan_out": True}),
+    "lora-dora": ("bert", "LoraConfig", {"target_modules": ["query", "dense"], "r": 3, "use_dora": True}),
+    "lora-tokens": ("llama", "LoraConfig", {"target_modules": LINEAR, "r": 3, "trainable_token_indices": [5, 60]}),
+    "lora-parameter": (
+        "llama",
+        "LoraConfig",
+        {"target_modules": ["q_proj"], "target_parameters": ["k_proj.weight"], "r": 3},
+    ),
+    "lora-pissa": ("llama", "LoraConfig", {"target_modules": LINEAR, "r": 3, "init_lora_weights": "pissa"}),
+    "lora-olora": ("llama", "LoraConfig", {"target_modules": LINEAR, "r": 3, "init_lora_weights": "olora"}),
+    "lora-replicated": (
+        "llama",
+        "LoraConfig",
+        {"target_modules": LINEAR, "r": 3, "layer_replication": [[0, 2], [0, 1]]},
+    ),
     "ia3": ("llama", "IA3Config", {"target_modules": LINEAR, "feedforward_modules": []}),
     "ia3-feedforward": ("llama", "IA3Config", {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}),
     "ia3-head": (
@@ -129,9 +145,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
-# tests/composer/test_merge_oracles.py; test_kinds_that_… below; tests/composer/test_checkpoint_delta.py; test_prompts.py
+# test_kinds_that_… below; tests/composer/test_checkpoint_delta.py; test_bottlenecks.py; test_prompts.py
 PROMPT_KINDS = {"prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning", "prefix-tuning"}
-ELSEWHERE = {"lora", "unmergeable", "checkpoint-delta", "bottleneck", *PROMPT_KINDS}
+ELSEWHERE = {"unmergeable", "checkpoint-delta", "bottleneck", *PROMPT_KINDS}
 
 
 @pytest.fixture(scope="module")
