@@ -22,6 +22,7 @@ test: install lint
 
 bench: install
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.rounding
 
 lint: install
 	$(BIN)/ruff check .

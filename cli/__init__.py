@@ -5,6 +5,7 @@ base.py           base add|list|show
 adapters.py       publish, list, show, versions, search, alias, pull
 compatibility.py  compatible, bases, check
 compose.py        plan, compose, inspect
+bench.py          bench
 service.py        serve, doctor
 options.py        what is common to the commands, and which registry they talk to
 output.py         human, json or quiet; views.py: each noun as text; progress.py: bytes on stderr

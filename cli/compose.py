@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INCOMPATIBLE = 4
 MAX_OUT = 100
+MAX_PROBE = 1 << 20
 RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
@@ -32,6 +33,9 @@ def recipe_options(command: F) -> F:
         default="same-values",
         show_default=True,
         help="The weakest compatibility to accept.",
+    )(command)
+    command = click.option(
+        "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
     )(command)
     command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
@@ -57,7 +61,14 @@ def recipe_options(command: F) -> F:
 
 
 def to_recipe(
-    text: str, method: str, parameters: tuple[str, ...], dtype: str, export: str, rank: int | None, allow: str
+    text: str,
+    method: str,
+    parameters: tuple[str, ...],
+    dtype: str,
+    export: str,
+    rank: int | None,
+    allow: str,
+    untie: bool,
 ) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
     from composer.recipe import Allow, Dtype, Export, load_recipe, parse_recipe
@@ -65,11 +76,18 @@ def to_recipe(
     pairs = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
         words = {"method": method, "parameters": pairs, "dtype": dtype, "export": export}
-        words |= {"rank": rank, "allow": allow}
+        words |= {"rank": rank, "allow": allow, "untie": untie}
         source = click.get_current_context().get_parameter_source
         return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
     return parse_recipe(
-        text, method=method, parameters=pairs, dtype=Dtype(dtype), export=Export(export), rank=rank, allow=Allow(allow)
+        text,
+        method=method,
+        parameters=pairs,
+        dtype=Dtype(dtype),
+        export=Export(export),
+        rank=rank,
+        allow=Allow(allow),
+        untie=untie,
     )
 
 
@@ -117,6 +135,7 @@ def plan(
     export: str,
     rank: int | None,
     allow: str,
+    untie: bool,
 ) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
@@ -125,7 +144,7 @@ def plan(
     """
     from cli.views import plan_block
 
-    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, rank, allow))
+    info = settings.registry.plan(to_recipe(recipe, method, parameters, dtype, export, rank, allow, untie))
     emit(settings, info, lambda: plan_block(info), lambda: "accepted" if info.accepted else "refused", info.warnings)
     if not info.accepted:
         click.get_current_context().exit(INCOMPATIBLE)
@@ -137,6 +156,12 @@ def plan(
     "-o", "--out", type=click.Path(path_type=Path), help="A new folder; default: named after the recipe, in this one."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
+@click.option(
+    "--probe",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A plain text: its perplexity before and after goes into composition.json.",
+)
 @common_options
 @pass_settings
 def compose(
@@ -148,8 +173,10 @@ def compose(
     export: str,
     rank: int | None,
     allow: str,
+    untie: bool,
     out: Path | None,
     force: bool,
+    probe: Path | None,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
@@ -158,11 +185,22 @@ def compose(
     """
     from cli.views import composition_block
 
-    wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow)
+    wanted = to_recipe(recipe, method, parameters, dtype, export, rank, allow, untie)
     folder = out or default_out(wanted)
     with settings.progress() as progress:
-        result = settings.registry.compose(wanted, folder, replace=force, progress=progress)
+        result = settings.registry.compose(wanted, folder, replace=force, probe=_text(probe), progress=progress)
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+def _text(path: Path | None) -> str | None:
+    """What a file to probe holds: UTF-8, its first mebibyte."""
+    if path is None:
+        return None
+    try:
+        with path.expanduser().open(encoding="utf-8") as file:
+            return file.read(MAX_PROBE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read as text: {error}", param_hint="--probe") from None
 
 
 @click.command()

@@ -51,6 +51,7 @@ COMMANDS = {
     "resize": "convert",
     "delta": "delta",
     "inspect": "compose",
+    "bench": "bench",
     "serve": "service",
     "doctor": "service",
 }

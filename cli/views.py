@@ -192,6 +192,7 @@ def composition_block(result: CompositionInfo) -> str:
             ("export", result.export),
             ("output", result.output_digest),
             ("size", size(result.nbytes)),
+            ("perplexity", _perplexity(record.get("probe"))),
             ("discarded", None if lost is None else f"{lost:.3%} of the energy, by the rank"),
             ("seconds", timing),
         ]
@@ -214,6 +215,13 @@ def composition_block(result: CompositionInfo) -> str:
         "no files",
     )
     return f"{facts}\n\n{adapters}\n\n{files}"
+
+
+def _perplexity(probe: dict[str, Any] | None) -> str | None:
+    if probe is None:
+        return None
+    values = probe["perplexity"]
+    return f"{values['base']:g} of the base, {values['composed']:g} composed ({probe['tokens']:,} tokens)"
 
 
 def conversion_block(result: ConversionInfo) -> str:

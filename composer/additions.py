@@ -22,9 +22,13 @@ import numpy as np
 from composer.checkpoint import Checkpoint
 from composer.deltas import read_array
 from composer.errors import IncompatibleError, RecipeError, TargetMismatchError, UnsupportedAdapterError
+from composer.files import read_json
 from composer.tensors import TensorSpec
 
-__all__ = ["Addition", "PlannedAddition", "Prefix", "SoftPrompt", "check_stack", "check_weight"]
+__all__ = ["Addition", "PlannedAddition", "Prefix", "SoftPrompt", "check_stack", "check_weight", "check_whole"]
+
+
+RECORD = "composition.json"
 
 
 class Addition(Protocol):
@@ -194,6 +198,20 @@ def check_stack(labels: Sequence[str], families: Sequence[Sequence[str]]) -> Non
 
 
 STARTS = (SoftPrompt.family, Prefix.family)
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise IncompatibleError for a composed model whose additions lie beside its weights: they would be lost."""
+    record = read_json(checkpoint.files[RECORD]) if RECORD in checkpoint.files else {}
+    added = record.get("additions")
+    beside = isinstance(record.get("export"), dict) and record["export"].get("format") != "safetensors"
+    if added and beside:
+        raise IncompatibleError(
+            f"the base is a composition whose additions lie beside its weights: {record.get('recipe_text')}",
+            expected="a base that is all in its weights",
+            found=added,
+            remedy="compose from the base that it was made of, with its adapters in the recipe",
+        )
 
 
 def check_weight(label: str, weight: float, modules: Sequence[Any]) -> None:

@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from composer.checkpoint import Checkpoint
 from composer.errors import CorruptFileError, IncompatibleError
 from composer.files import read_json
@@ -102,17 +104,18 @@ class Bottleneck:
 
 @dataclass(frozen=True, slots=True)
 class Bottlenecks:
-    """All bottlenecks of one adapter: an Addition. `copies` are tensors that stand twice in its file."""
+    """All bottlenecks of one adapter: an Addition. `copies`: tensors that its file holds twice, each with the other."""
 
     family: ClassVar[str] = "bottleneck"
 
     model_type: str
     items: tuple[Bottleneck, ...]
-    copies: tuple[TensorSpec, ...] = ()
+    copies: tuple[tuple[TensorSpec, TensorSpec], ...] = ()
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        return (*self.copies, *(spec for item in self.items for spec in item.tensors.values()))
+        seconds = (second for second, _ in self.copies)
+        return (*seconds, *(spec for item in self.items for spec in item.tensors.values()))
 
     @property
     def parameters(self) -> int:
@@ -135,6 +138,17 @@ class Bottlenecks:
                 found=found,
                 remedy="compose it with the base it was trained on",
             )
+
+    def check_copies(self) -> None:
+        """Raise CorruptFileError where a tensor that stands twice has two values."""
+        for second, first in self.copies:
+            if not np.array_equal(second.read(), first.read()):
+                raise CorruptFileError(
+                    f"{second.name} and {first.name} are one tensor, and differ",
+                    expected="equal values",
+                    found=[second.name, first.name],
+                    remedy="save the adapter again with the library that trained it",
+                )
 
     def bound(self, names: Mapping[str, str]) -> Bottlenecks:
         """The same under a base's names of modules; names: from the adapter's name of a weight to the base's."""
@@ -167,7 +181,8 @@ def stack_sites(stack: Sequence[Bottlenecks]) -> tuple[tuple[Site, ...], dict[st
             network = replace(item.network, weights=f"{index}.{site.module}")
             places.setdefault(site.module, site)
             networks.setdefault(site.module, []).append(network)
-            tensors |= {f"{network.weights}.{part}": spec for part, spec in item.tensors.items()}
+            parts = (part for part in PARTS if part in item.tensors)
+            tensors |= {f"{network.weights}.{part}": item.tensors[part] for part in parts}
     for module, found in networks.items():
         if len(found) > 1 and any(network.reads == "stream" for network in found):
             raise IncompatibleError(

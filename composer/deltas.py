@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from composer.errors import NonFiniteError, TargetMismatchError
+from composer.errors import CorruptFileError, NonFiniteError, TargetMismatchError
 from composer.product import product
 from composer.tensors import DTYPES, TensorSpec
 
@@ -83,7 +83,8 @@ class LowRank:
     Source: arXiv:2106.09685 §4.1; the order of operations is PEFT's get_delta_weight: the product in float32, then
     the scale, so that one adapter merged into bf16 equals PEFT's default merge bit for bit.
     PEFT saves `copy`, the base's own W, along with a LoRA on an embedding or an output head; it must be what this base
-    holds. An `embedding` is [V, d] in every architecture.
+    holds. An `embedding` is [V, d] in every architecture. Only `plain` factors are those of a linear module: others are
+    of a convolution, whose kernel [out, in, …] is a matrix by its first dimension, or of a bare parameter.
     """
 
     target: str
@@ -93,6 +94,7 @@ class LowRank:
     transposed: bool = False
     copy: TensorSpec | None = None
     embedding: bool = False
+    plain: bool = True
     replaces: bool = False
     whole: bool = False
 
@@ -141,19 +143,52 @@ class LoadedLowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """The adapter carries the whole tensor: it takes the base's place. A weight other than 1 is refused by the plan."""
+    """The adapter carries the whole tensor: it takes the base's place. A weight other than 1 is refused by the plan.
+
+    copies: the same once more, which must be equal. unused: what PEFT saves besides it and does not load again.
+    shares_ends: PEFT saved it because the vocabulary was resized, so that it is of both ends where these are tied.
+    rows, indices: rows [n, d] that were trained apart from it, and where in it they belong.
+    """
 
     target: str
     tensor: TensorSpec
+    copies: tuple[TensorSpec, ...] = ()
+    unused: tuple[TensorSpec, ...] = ()
+    shares_ends: bool = False
+    rows: TensorSpec | None = None
+    indices: tuple[int, ...] = ()
     replaces: bool = True
     whole: bool = False
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
-        return (self.tensor,)
+        return (self.tensor, *self.copies, *self.unused, *(() if self.rows is None else (self.rows,)))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise TargetMismatchError unless the base's tensor has this shape."""
+        if self.tensor.shape != shape:
+            raise TargetMismatchError(
+                f"{self.tensor.name} takes the place of {self.target}, which has another shape",
+                expected=list(self.tensor.shape),
+                found=list(shape),
+                remedy="compose it with the base that it was trained on",
+                keys=[self.tensor.name],
+            )
 
     def load(self) -> LoadedReplace:
-        return LoadedReplace(read_array(self.tensor))
+        loaded = read_array(self.tensor)
+        for copy in self.copies:
+            if not np.array_equal(read_array(copy), loaded):
+                raise CorruptFileError(
+                    f"{copy.name} and {self.tensor.name} are one tensor of a tied base, but differ",
+                    expected="equal numbers",
+                    found="other values",
+                    remedy="the training untied them: it belongs on a base with tie_word_embeddings false",
+                    tensor=copy.name,
+                )
+        if self.rows is not None:
+            loaded[list(self.indices)] = read_array(self.rows)
+        return LoadedReplace(loaded)
 
 
 @dataclass(frozen=True, slots=True)

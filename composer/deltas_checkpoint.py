@@ -66,6 +66,7 @@ class CheckpointDelta:
     shape: tuple[int, ...]
     replaces: bool = False
     whole: bool = False
+    shares_ends: bool = True  # it changes what is stored, so a tied pair stays one
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from composer.adapters import CONFIG, WEIGHTS
-from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
+from composer.checkpoint import Checkpoint
+from composer.ends import is_end, tied
 from composer.errors import IncompatibleError, NonFiniteError, TargetMismatchError, UsageError
 from composer.factors import leading
 from composer.peft_format import FACTOR_NAMES, PREFIX, lora_config, model_card, share, write_json, write_tensors
-from composer.plan import CONV1D_MODELS, CONV1D_MODULES, tied
 from composer.quantised import QuantisedTensor
+from composer.resolve import CONV1D_MODELS, CONV1D_MODULES
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec
 
@@ -182,7 +183,7 @@ class _Run:
                 yield f"{PREFIX}{module}.base_layer.{name.rpartition('.')[2]}", self._read(self.finetune, name)
 
     def _refuse_tied(self, name: str) -> None:
-        if name.endswith(OUTPUT_EMBEDDINGS + INPUT_EMBEDDINGS) and tied(self.base):
+        if is_end(name) and tied(self.base):
             raise IncompatibleError(
                 f"{name} differs, and this base shares it between embedding and output head",
                 expected="a fine-tune that leaves the tied embedding alone, or a base that is not tied",

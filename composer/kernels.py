@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from composer.deltas import BlockDelta, LoadedLowRank
-from composer.deltas_checkpoint import LoadedCheckpointDelta
 from composer.errors import NonFiniteError
 from composer.methods import BoundMethod
 from composer.product import Factors, add_product
@@ -113,9 +112,9 @@ def fusible(terms: Sequence[LoadedTerm], method: str, source: str, target: str) 
 
 
 def restores(terms: Sequence[LoadedTerm], method: str) -> bool:
-    """Whether the result is one fine-tune's own tensor, whose bits base + (W' − W) in float32 would not always give."""
+    """Whether the result is one adapter's own numbers, which base + (W' − W) in float32 would not always give."""
     alone = len(terms) == 1 and terms[0].weight == 1.0 and method in ("linear", "cat")
-    return alone and isinstance(terms[0].delta, LoadedCheckpointDelta)
+    return alone and hasattr(terms[0].delta, "restored")
 
 
 def merge_fused(block: np.ndarray, terms: Sequence[LoadedTerm], start: int) -> bool:

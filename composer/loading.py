@@ -60,5 +60,5 @@ def _refuse_unseen(folder: Path) -> None:
             f"{folder}: transformers does not see {unseen[0].get('ref')} by itself ({unseen[0].get('adds')})",
             expected="weights, and bottlenecks beside them",
             found=[item.get("ref") for item in unseen],
-            remedy="docs/additions.md shows how to run it",
+            remedy="run its graph (bench --runtime onnx); docs/additions.md shows how to run it in transformers",
         )

@@ -18,41 +18,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from composer.adapters import Adapter, Binding
-from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight
+from composer.adapters import Adapter
+from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight, check_whole
 from composer.bottlenecks import Bottlenecks, stack_sites
-from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
-from composer.deltas import Delta, LowRank
+from composer.checkpoint import Checkpoint
+from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_checkpoint import CheckpointDelta
+from composer.deltas_experts import ExpertLowRank, ExpertSlice
+from composer.deltas_residual import Residual
+from composer.ends import Ends, tied_ends, untie
 from composer.errors import (
     IncompatibleError,
     RecipeError,
-    TargetMismatchError,
-    TiedWeightsError,
     UnsupportedAdapterError,
 )
-from composer.files import read_json
 from composer.methods import MergeMethod, find_method
+from composer.places import places
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
+from composer.replication import layer_map, replicate
+from composer.resolve import resolve
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
+from composer.vocabulary import Vocabulary, resized_vocabulary
 from composer.writer import ROOM_BYTES
 
-__all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan", "tied"]
+__all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan"]
 
-RECORD = "composition.json"
 BLOCK_BYTES = 2 << 20
 TILE_ROWS = 4  # the compiled kernel merges so many rows at a time, the rest of a block slowly
 STREAM_BYTES = 16 << 20  # the same where adapters are loaded one after another for each block
 FACTOR_BYTES = 64 << 20  # more factors than this are not held at once
 THREADS = min(4, os.cpu_count() or 1)
-IN_FLIGHT = 2 * THREADS  # blocks that are begun and not yet written
-ROOMS = IN_FLIGHT + 4  # buffers of the output: those, and some on their way to the disk
+LANES = 2  # files that are written at a time
+IN_FLIGHT = THREADS  # blocks of each that are begun and not yet passed on
+ROOMS = IN_FLIGHT + 3  # buffers of each: those, and some on their way to the disk
 DECODING = 16  # bytes a number that a decoder holds besides its result: stored numbers, scales, one copy
 SCRATCH = 32  # bytes a number and delta that a method holds besides its arguments: masks, ranks, random numbers
-# Where transformers keeps a weight as [in, out]; all other architectures have plain linear layers.
-CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
-CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
 SAFETENSORS_DTYPE = {Dtype.BF16: "BF16", Dtype.FP16: "F16", Dtype.FP32: "F32"}
 
 
@@ -97,20 +98,21 @@ class NewRows:
 class TensorJob:
     """One tensor of the output: `source` is where the base's lies, `dtype` what is written.
 
-    `rename` is its name where that is not the base's, `new_rows` what its vocabulary gains.
+    `renamed` is its name where that is not the source's: the head of a pair that is tied in the base. `new_rows` is
+    what its vocabulary gains.
     """
 
     source: TensorSpec | QuantisedTensor
     dtype: str
     deltas: tuple[WeightedDelta, ...]
     method: MergeMethod | None = None
-    rename: str | None = None
+    renamed: str | None = None
     new_rows: NewRows | None = None
 
     @property
     def name(self) -> str:
-        """Its name in the output."""
-        return self.rename or self.source.name
+        """The name in the output."""
+        return self.renamed or self.source.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -156,8 +158,14 @@ class TensorJob:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, numbers a row): the first dimension against the rest."""
+        """(rows, numbers a row): the first dimension against the rest; of a stack of experts all but the last.
+
+        One expert may be a hundred times larger than a block. A quantised one is decoded whole.
+        """
         shape = self.source.shape
+        stacked = self.deltas and all(getattr(item.delta, "stacked", False) for item in self.deltas)
+        if stacked and isinstance(self.source, TensorSpec):
+            return math.prod(shape[:-1]), shape[-1]
         return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
@@ -180,7 +188,7 @@ class Plan:
     """All that a run needs.
 
     An exporter that needs another checkpoint than the merged one derives a plan with other shards, with `files` that
-    take the place of the base's or stand beside them, with `config_changes`, and with `facts` and `warnings` for
+    take the place of the base's or stand beside them, with `config_fields`, and with `facts` and `warnings` for
     composition.json.
     """
 
@@ -189,10 +197,21 @@ class Plan:
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
     additions: tuple[PlannedAddition, ...] = ()
+    untied: Ends | None = None
+    layers: tuple[int, ...] | None = None  # the base's layer that each of the output's is, where some are used again
+    vocabulary: Vocabulary | None = None  # where it is not the base's
     files: Mapping[str, bytes] = field(default_factory=dict)
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    config_fields: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of config.json that the output needs otherwise than the base, besides its number format."""
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
+        changes |= {"num_hidden_layers": len(self.layers)} if self.layers else {}
+        changes |= {"vocab_size": self.vocabulary.size} if self.vocabulary else {}
+        return {**changes, **self.config_fields}
 
     @property
     def nbytes(self) -> int:
@@ -220,22 +239,25 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """An upper bound on the bytes a run holds at once: the factors of the tensors in flight, and their blocks."""
+        lanes = min(LANES, len(self.shards))
         largest = max((_factor_bytes(job) + IN_FLIGHT * _block_bytes(job) for job in self.jobs), default=0)
-        return largest + ROOMS * ROOM_BYTES
+        return lanes * (largest + ROOMS * ROOM_BYTES)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> Plan:
     """Resolve every adapter tensor to a base tensor, and lay out the output files. Reads headers only.
 
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
-    Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError,
-    UnsupportedQuantisationError (the base's weights cannot be decoded), UnsupportedAdapterError (weighted replacement),
-    IncompatibleError (two replacements of one tensor, two prefixes, a base with additions beside its weights) or
-    RecipeError (unknown method or parameter, too many adapters for it, a module pattern that fits nothing, a
-    task that the adapter lacks, weights changed after an addition).
+    Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError (one end of a tied
+    pair changes, and the recipe does not untie), UnsupportedQuantisationError (the base's weights cannot be decoded),
+    UnsupportedAdapterError (weighted replacement), IncompatibleError (two replacements of one tensor, two prefixes, a
+    base with additions beside its weights) or RecipeError (unknown method or parameter, too many adapters for it, a
+    module pattern that fits nothing, a task that the adapter lacks, weights changed after an addition).
     """
     find_scheme(checkpoint.config)
-    _check_whole(checkpoint)
+    check_whole(checkpoint)
+    layers = _layers([term for term in terms if _counts(term)])
+    base, checkpoint = checkpoint, replicate(checkpoint, layers) if layers else checkpoint
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
     terms = [replace(term, adapter=term.adapter.for_task(term.label, term.task)) for term in terms]
@@ -247,31 +269,37 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, terms: Sequence[Term]) -> 
     )
     additions: list[PlannedAddition] = []
     changes: dict[str, list[WeightedDelta]] = {}
+    ends = tied_ends(checkpoint)
     for index, term in enumerate(terms):
-        resolved = _resolve(term, checkpoint)
+        own = layer_map(term.adapter.config)
+        view = checkpoint if own == layers else replicate(base, own) if own else base
+        resolved = resolve(term, view, ends, untie=recipe.untie)
         if term.adapter.adds:
             check_weight(term.label, term.weight, term.modules)
-            names = term.adapter.bind(checkpoint.shapes).names
-            additions += [
-                PlannedAddition(each.bound(names), index) for each in term.adapter.additions() if _counts(term)
-            ]
+            names = term.adapter.bind(places(view)).names
+            bound = [each.bound(names) for each in term.adapter.additions()]
+            additions += [PlannedAddition(each, index) for each in bound if _counts(term)]
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
                 changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
     stack_sites([item.addition for item in additions if isinstance(item.addition, Bottlenecks)])
+    labels = [term.label for term in terms]
+    untied, changes = untie(ends, changes, labels)
+    sources = _sources(checkpoint, untied)
+    vocabulary = resized_vocabulary(checkpoint, changes, [term.adapter.files for term in terms], labels)
     for target, deltas in changes.items():
-        _check_combination(target, deltas, terms, checkpoint)
+        _check_combination(target, deltas, terms, sources[target])
         _check_factors(method, target, deltas, terms)
     shards = []
     for shard in checkpoint.shards:
-        jobs = tuple(
-            TensorJob(spec, _output_dtype(recipe.dtype, spec), tuple(changes.get(name, ())), method)
-            for name, spec in shard.tensors.items()
-        )
+        names = list(shard.tensors)
+        if untied and untied.embedding in names and untied.head not in checkpoint.tensors:
+            names.insert(names.index(untied.embedding) + 1, untied.head)
+        jobs = tuple(_job(name, sources[name], tuple(changes.get(name, ())), recipe, method) for name in names)
         if jobs or len(checkpoint.shards) == 1:
             shards.append(ShardPlan(shard.name, encode_shard(jobs), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), tuple(additions))
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), tuple(additions), untied, layers, vocabulary)
 
 
 def encode_shard(jobs: Sequence[TensorJob]) -> bytes:
@@ -279,120 +307,42 @@ def encode_shard(jobs: Sequence[TensorJob]) -> bytes:
     return encode_header([(job.name, job.dtype, job.shape) for job in jobs], {"format": "pt"})
 
 
-def _check_whole(checkpoint: Checkpoint) -> None:
-    """Raise IncompatibleError for a composed model whose additions lie beside its weights: they would be lost."""
-    record = read_json(checkpoint.files[RECORD]) if RECORD in checkpoint.files else {}
-    added = record.get("additions")
-    beside = isinstance(record.get("export"), dict) and record["export"].get("format") != "safetensors"
-    if added and beside:
+def _job(
+    name: str,
+    source: TensorSpec | QuantisedTensor,
+    deltas: tuple[WeightedDelta, ...],
+    recipe: Recipe,
+    method: MergeMethod,
+) -> TensorJob:
+    """One tensor of the output; what a Replace brings in another shape than the base's is read where that lies."""
+    dtype = _output_dtype(recipe.dtype, source)
+    if deltas and isinstance(deltas[0].delta, Replace) and deltas[0].delta.tensor.shape != source.shape:
+        source = deltas[0].delta.tensor
+    return TensorJob(source, dtype, deltas, method, None if source.name == name else name)
+
+
+def _layers(terms: Sequence[Term]) -> tuple[int, ...] | None:
+    """How the terms replicate the base's layers. Raises IncompatibleError where they disagree."""
+    maps = {layer_map(term.adapter.config) for term in terms}
+    if len(maps) > 1:
         raise IncompatibleError(
-            f"the base is a composition whose additions lie beside its weights: {record.get('recipe_text')}",
-            expected="a base that is all in its weights",
-            found=added,
-            remedy="compose from the base that it was made of, with its adapters in the recipe",
+            "the adapters use the base's layers in different ways (layer_replication): they are of models of different "
+            "depth",
+            expected="one layer_replication in all adapters",
+            found={term.label: term.adapter.config.get("layer_replication") for term in terms},
+            remedy="compose the one that replicates layers first, and the others with the result",
         )
+    return maps.pop() if maps else None
 
 
-def _resolve(term: Term, checkpoint: Checkpoint) -> list[Delta]:
-    binding = term.adapter.bind(checkpoint.shapes)
-    touched = [*binding.names, *binding.names.values()]
-    head = next((name for name in touched if name.endswith(OUTPUT_EMBEDDINGS)), None)
-    embedding = next((name for name in touched if name.endswith(INPUT_EMBEDDINGS)), None)
-    stored = getattr(term.adapter.kind, "stored_tensors", False)
-    if (head or embedding) and not stored and tied(checkpoint):
-        raise TiedWeightsError(
-            f"{term.label} changes {head or embedding}, which this base shares between embedding and output head",
-            expected="an adapter that touches neither end, or a base with tie_word_embeddings false and both tensors",
-            found=head or embedding,
-            remedy="untie the base and register it anew, or train the adapter without that module",
-            keys=[head or embedding],
-        )
-    if binding.mismatches:
-        _check_vocabulary(term.label, binding)
-        listed = "; ".join(map(str, binding.mismatches[:3]))
-        raise TargetMismatchError(
-            f"{term.label}: {len(binding.mismatches)} of {len(term.adapter.signature.targets)} tensors do not fit the "
-            f"base: {listed}",
-            expected="a base whose tensors match the adapter's in name and shape",
-            found=[str(mismatch) for mismatch in binding.mismatches[:20]],
-            remedy="see 'registry bases ADAPTER' for the bases it fits",
-            keys=[mismatch.parameter for mismatch in binding.mismatches],
-        )
-    deltas, additions = term.adapter.deltas(binding.names), term.adapter.additions()
-    consumed = {source.name for part in (*deltas, *additions) for source in part.sources}
-    wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
-    targets = [delta.target for delta in deltas]
-    if wrong or len(set(targets)) != len(targets):
-        wrong = wrong or sorted({target for target in targets if targets.count(target) > 1})
-        raise TargetMismatchError(
-            f"{term.label}: {len(wrong)} tensors would not be used exactly once: {', '.join(wrong[:3])}",
-            expected="every tensor of the adapter consumed exactly once",
-            found=wrong[:20],
-            remedy="the adapter's file and its config do not belong together: save it again",
-            keys=wrong,
-        )
-    for delta in deltas:
-        _check_layout(term.label, delta, checkpoint)
-    for addition in additions:
-        addition.check(term.label, checkpoint)
-    return deltas
+def _sources(checkpoint: Checkpoint, untied: Ends | None) -> dict[str, TensorSpec | QuantisedTensor]:
+    """Where the base's numbers of each output tensor lie; an untied head begins as the embedding that it was."""
+    return {**checkpoint.tensors, **({untied.head: checkpoint.tensors[untied.embedding]} if untied else {})}
 
 
-def _check_vocabulary(label: str, binding: Binding) -> None:
-    """Raise TargetMismatchError with both sizes where an embedding or head differs in its number of rows alone."""
-    for mismatch in binding.mismatches:
-        end, found = mismatch.parameter.endswith(INPUT_EMBEDDINGS + OUTPUT_EMBEDDINGS), mismatch.found
-        if end and found and found[1:] == mismatch.expected[1:]:
-            raise TargetMismatchError(
-                f"{label}: {mismatch.parameter} has {mismatch.expected[0]} rows in the adapter and {found[0]} in the "
-                "base: the vocabulary was resized for the training",
-                expected=list(mismatch.expected),
-                found=list(found),
-                remedy=f"resize the base as the training did (resize_token_embeddings({mismatch.expected[0]})), "
-                "save it and compose with that base",
-                keys=[mismatch.parameter],
-            )
-
-
-def _check_layout(label: str, delta: Delta, checkpoint: Checkpoint) -> None:
-    """A square matrix does not show whether the adapter's layout is the base's; the architecture does."""
-    shape = checkpoint.tensors[delta.target].shape
-    transposed = getattr(delta, "transposed", None)
-    if transposed is None or getattr(delta, "embedding", False) or len(shape) != 2 or shape[0] != shape[1]:
-        return
-    module = delta.target.removesuffix(".weight").rpartition(".")[2]
-    conv1d = checkpoint.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES
-    if transposed != conv1d:
-        raise IncompatibleError(
-            f"{label}: fan_in_fan_out={transposed} in adapter_config.json, but {delta.target} is "
-            f"{'[in, out]' if conv1d else '[out, in]'} in this base",
-            expected=conv1d,
-            found=transposed,
-            remedy="correct fan_in_fan_out in adapter_config.json and publish the adapter again",
-        )
-
-
-def tied(checkpoint: Checkpoint) -> bool:
-    """Whether the base shares its embedding with its output head.
-
-    A stored head that the config does not tie is its own tensor; without one, a language model can only be tied.
-    An encoder without any head is not tied to anything. A config that does not say counts as tied: that was the
-    default of transformers before 5, and a refusal harms less than a head that is overwritten on loading.
-    """
-    has_head = any(name.endswith(OUTPUT_EMBEDDINGS) for name in checkpoint.tensors)
-    generates = checkpoint.architecture.endswith(
-        ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
-    )
-    if not has_head:
-        return generates
-    config = checkpoint.config
-    nested = config.get("text_config")
-    inner = nested.get("tie_word_embeddings", True) if isinstance(nested, dict) else True
-    return bool(config.get("tie_word_embeddings", inner))
-
-
-def _check_combination(target: str, deltas: list[WeightedDelta], terms: Sequence[Term], checkpoint: Checkpoint) -> None:
-    spec = checkpoint.tensors[target]
+def _check_combination(
+    target: str, deltas: list[WeightedDelta], terms: Sequence[Term], spec: TensorSpec | QuantisedTensor
+) -> None:
     if spec.dtype not in FLOAT_DTYPES:
         raise UnsupportedAdapterError(
             f"{target} is {spec.dtype}: merging into a quantised base is not supported yet",
@@ -476,7 +426,7 @@ def _output_dtype(dtype: Dtype, spec: TensorSpec | QuantisedTensor) -> str:
 
 
 def _loaded_bytes(item: WeightedDelta) -> int:
-    if isinstance(item.delta, CheckpointDelta):
+    if isinstance(item.delta, CheckpointDelta | ExpertLowRank | ExpertSlice):
         return item.delta.loaded_bytes
     return sum(math.prod(source.shape) * 4 for source in item.delta.sources)
 
@@ -498,4 +448,5 @@ def _block_bytes(job: TensorJob) -> int:
     widths += DECODING if isinstance(job.source, QuantisedTensor) else 0
     if job.method and job.method.name != "linear":
         widths += SCRATCH * len(job.deltas)
-    return min(rows, job.block_rows) * columns * widths
+    scratch = sum(item.delta.scratch_bytes(rows, columns) for item in job.deltas if isinstance(item.delta, Residual))
+    return min(rows, job.block_rows) * columns * widths + scratch

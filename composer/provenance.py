@@ -33,7 +33,10 @@ def composition_record(
     inputs: dict[str, Any],
     exported: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record as JSON-ready fields. `inputs` has `base` and a list `adapters`, one entry a term."""
+    """The record as JSON-ready fields.
+
+    inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `warnings` and `advice`.
+    """
     adapters = []
     warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
     known = inputs.get("adapters") or [{} for _ in plan.terms]
@@ -59,6 +62,7 @@ def composition_record(
         **({"additions": _additions(plan)} if plan.additions else {}),
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
         "warnings": warnings,
+        **({"advice": inputs["advice"]} if inputs.get("advice") else {}),
         "export": exported,
         "outputs": dict(sorted(files.items())),
         "output_digest": manifest_digest(files),

@@ -143,6 +143,7 @@ class Recipe(_Model):
     export: Export = Export.SAFETENSORS
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
     allow: Allow = Allow.SAME_VALUES
+    untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
 
     def __str__(self) -> str:
         return "+".join([self.base, *map(str, self.adapters)])
@@ -172,6 +173,7 @@ def parse_recipe(
     export: Export = Export.SAFETENSORS,
     rank: int | None = None,
     allow: Allow = Allow.SAME_VALUES,
+    untie: bool = False,
 ) -> Recipe:
     """Parse ``base+adapter@version:weight+…``. Raises RecipeError that points at the part which is wrong."""
     base, *terms = text.split("+")
@@ -189,6 +191,7 @@ def parse_recipe(
         export=export,
         rank=rank,
         allow=allow,
+        untie=untie,
     )
 
 
@@ -213,7 +216,7 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         f"cannot read the recipe in {path}: {found}",
         expected=sorted(Recipe.model_fields),
         found=found,
-        remedy="write base, adapters (each with ref, task, weight, modules), method, parameters, dtype, export",
+        remedy="write base, adapters (each with ref, task, weight, modules), method, parameters, dtype, export, untie",
     )
 
 

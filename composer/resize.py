@@ -73,7 +73,7 @@ class _Run:
         """New factors of each module, and what is carried whole under its own name."""
         names = {target.parameter: target.parameter for target in self.adapter.signature.targets}
         for delta in self.adapter.deltas(names):
-            if isinstance(delta, Replace):
+            if isinstance(delta, Replace) and delta.rows is None:
                 yield delta.tensor.name, delta.tensor.read()
                 continue
             if not is_low_rank(delta):

@@ -12,7 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from composer.checkpoint import INDEX
+from composer.companions import companion_files
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
-from composer.files import copy_names, read_json
 from composer.growth import grown_parts
 from composer.kernels import (
     LoadedTerm,
@@ -35,7 +36,8 @@ from composer.kernels import (
     restores,
 )
 from composer.methods import BoundMethod, find_method
-from composer.plan import IN_FLIGHT, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
+from composer.plan import IN_FLIGHT, LANES, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
+from composer.probe import check_probe, probe
 from composer.provenance import composition_record
 from composer.quantised import QuantisedTensor
 from composer.sinks import FolderSink
@@ -49,7 +51,6 @@ Progress = Callable[[str, int, int], None]
 SAMPLE, TILE = 1 << 15, 16
 LOCAL = threading.local()
 STREAM_TILE, ONE_AT_A_TIME = 8, threading.Lock()
-CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,19 @@ def compose(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     replace: bool = False,
+    text: str | None = None,
 ) -> Outcome:
     """Run `plan` and publish the artefact at `out`, whole or not at all.
 
     inputs: what the caller knows of the base and of each adapter (digests, verdicts); goes into composition.json.
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
+    text: what perplexity is measured on before and after, for the record (composer.probe).
     Raises every TypedError of the steps; `out` is untouched then.
     """
     report = progress or (lambda step, done, total: None)
     plan = prepare_export(plan)
+    if text is not None:
+        check_probe(plan)
     in_place = find_plan_exporter(plan.recipe.export)
     seconds: dict[str, float] = {}
     with FolderSink(out, replace=replace) as sink:
@@ -92,6 +97,10 @@ def compose(
             exported, export_seconds = exporter.export(plan, sink, cache_dir, lambda step: report(step, 0, 0))
             seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
+        if text is not None:
+            started = time.perf_counter()
+            record["probe"] = probe(plan, sink.folder, text, lambda step: report(step, 0, 0))
+            seconds["probe"] = time.perf_counter() - started
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         sink.commit()
     return Outcome(out, record, seconds)
@@ -100,30 +109,67 @@ def compose(
 def run(plan: Plan, sink: FolderSink, progress: Progress) -> Survival:
     """Write the weights, their index and the files that go along; the sink is not committed.
 
-    A few threads fill rooms of the output, or compute blocks; this one passes them on in order. At most `IN_FLIGHT`
-    of them are held, and as many rooms again are on their way to the disk.
+    Two files at a time, so that their sha256, which is a chain, do not hold each other up. Of each, threads fill rooms
+    of the output or compute blocks, at most `IN_FLIGHT`, and they are passed on in order.
     """
-    survival = Survival(len(plan.terms))
-    total, done = plan.nbytes, 0
-    with ThreadPoolExecutor(THREADS) as pool, Staging(ROOMS) as staging:
-        for shard in plan.shards:
-            with sink.open(shard.name, staging) as writer:
-                writer.write(shard.header)
-                done += len(shard.header)
-                for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
-                    if isinstance(part, Room):
-                        writer.append(part)
-                    else:
-                        writer.write(part.data, part.offset)
-                    if measured is not None:
-                        survival.merge(measured)
-                    done += len(part)
-                    progress("merging", done, total)
-        sink.settle()
+    survival, tally = Survival(len(plan.terms)), Tally(progress, plan.nbytes)
+    with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(LANES) as lanes, tally.until_one_fails():
+        shards = [lanes.submit(_write_shard, shard, plan, sink, pool, tally) for shard in plan.shards]
+        wait(shards)
+        for shard in sorted(shards, key=_stopped):  # what went wrong before what was stopped for it
+            shard.result()
+        for shard in shards:
+            survival.merge(shard.result())
     if plan.checkpoint.sharded:
         sink.write(INDEX, _index(plan))
-    for name in dict.fromkeys((*copy_names(plan.checkpoint.files), *plan.files)):
-        sink.write(name, _companion(plan, name))
+    for name, data in companion_files(plan):
+        sink.write(name, data)
+    return survival
+
+
+def _stopped(shard: Future[Survival]) -> bool:
+    return isinstance(shard.exception(), CancelledError)
+
+
+class Tally:
+    """Counts the bytes of all files; once one has failed, the others stop at their next block."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock, self._stopped = threading.Lock(), False
+
+    def add(self, count: int) -> None:
+        """Report `count` more bytes. Raises CancelledError once stopped, and whatever the report raises."""
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            self._done += count
+            with self.until_one_fails():
+                self._progress("merging", self._done, self._total)
+
+    @contextmanager
+    def until_one_fails(self) -> Iterator[None]:
+        """Stop the others when what is done within fails."""
+        try:
+            yield
+        except BaseException:
+            self._stopped = True
+            raise
+
+
+def _write_shard(shard: ShardPlan, plan: Plan, sink: FolderSink, pool: ThreadPoolExecutor, tally: Tally) -> Survival:
+    survival = Survival(len(plan.terms))
+    with tally.until_one_fails(), Staging(ROOMS) as staging, sink.open(shard.name, staging) as writer:
+        writer.write(shard.header)
+        tally.add(len(shard.header))
+        for part, measured in in_order(pool, _tasks(shard, plan, writer), IN_FLIGHT):
+            if isinstance(part, Room):
+                writer.append(part)
+            else:
+                writer.write(part.data, part.offset)
+            if measured is not None:
+                survival.merge(measured)
+            tally.add(len(part))
     return survival
 
 
@@ -273,7 +319,7 @@ def _merge_in_place(piece: Piece, plan: Plan, view: memoryview, survival: Surviv
         job.source.read_into(first, view)
         base = block.copy()
         block[:] = merge_block(base, terms, start, _method(plan, job), job.dtype)[0]
-        check_overflow(base, block, job.source.name)
+        check_overflow(base, block, job.name)
     _measure(job, plan, terms, tiles, block, start, survival)
 
 
@@ -291,7 +337,7 @@ def _read(source: TensorSpec | QuantisedTensor, start: int, stop: int) -> memory
 
 def _merge(job: TensorJob, plan: Plan, terms: list[LoadedTerm], start: int, stop: int, offset: int) -> Done:
     rows, columns = job.matrix
-    name, width = job.source.name, job.source.nbytes // rows
+    name, width = job.name, job.source.nbytes // rows
     base = np.frombuffer(_read(job.source, start * width, stop * width), DTYPES[job.source.dtype])
     base = base.reshape(stop - start, columns)
     survival = Survival(len(plan.terms)) if terms else None
@@ -332,7 +378,7 @@ def _merge_streamed(job: TensorJob, plan: Plan, start: int, stop: int, offset: i
         assert total is not None
         with np.errstate(over="ignore"):
             result = (original + total).astype(DTYPES[job.dtype])
-        check_overflow(base, result, job.source.name)
+        check_overflow(base, result, job.name)
     survival = Survival(len(plan.terms))
     change = result[:STREAM_TILE].astype(np.float32) - original[:STREAM_TILE]
     survival.add(change, total[:STREAM_TILE], kept, (stop - start) / len(change))
@@ -364,7 +410,7 @@ def _measure(
 
 
 def _method(plan: Plan, job: TensorJob) -> BoundMethod:
-    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.source.name)
+    return find_method(plan.recipe.method).bind(plan.recipe.parameters, job.name)
 
 
 def _index(plan: Plan) -> bytes:
@@ -374,20 +420,3 @@ def _index(plan: Plan) -> bytes:
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _companion(plan: Plan, name: str) -> bytes:
-    """A file that goes along, the base's or the plan's own; config.json names a new dtype and other sizes."""
-    if name in plan.files:
-        return plan.files[name]
-    path = plan.checkpoint.files[name]
-    dtype = plan.config_dtype
-    if name != "config.json" or (dtype is None and not plan.config_changes):
-        return path.read_bytes()
-    config = read_json(path)
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config.pop("quantization_config", None)
-        config["dtype"] = CONFIG_DTYPE[dtype]
-    config.update(plan.config_changes)
-    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

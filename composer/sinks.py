@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -80,34 +79,16 @@ class FolderSink:
             )
         self.out = out
         self.files: dict[str, dict[str, int | str]] = {}
-        self._finishing: list[tuple[str, HashingWriter, Future[None]]] = []
-        self._finisher = ThreadPoolExecutor(1)
         with storage_errors(f"creating a folder beside {out}"):
             out.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
 
     @contextmanager
     def open(self, name: str, staging: Staging | None = None) -> Iterator[HashingWriter]:
-        """Write one file; with `staging`, which it then shares, it is brought to an end beside what comes next."""
-        with storage_errors(f"writing {name}"):
-            writer = HashingWriter(self.folder / name, staging)
-            try:
-                yield writer
-            except BaseException:
-                writer.abandon()
-                raise
-            self._finishing.append((name, writer, self._finisher.submit(writer.finish)))
-        if staging is None:
-            self.settle()
-
-    def settle(self) -> None:
-        """Wait for all files opened so far to be whole and on the disk."""
-        while self._finishing:
-            name, writer, finished = self._finishing[0]
-            with storage_errors(f"writing {name}"):
-                finished.result()
-            self.files[name] = {"sha256": writer.sha256, "size": writer.size}
-            del self._finishing[0]
+        """Write one file, with memory of its own or that of `staging`; several threads may write one each."""
+        with storage_errors(f"writing {name}"), HashingWriter(self.folder / name, staging) as writer:
+            yield writer
+        self.files[name] = {"sha256": writer.sha256, "size": writer.size}
 
     def write(self, name: str, data: bytes) -> None:
         """Write one small file whole."""
@@ -126,7 +107,6 @@ class FolderSink:
 
     def commit(self) -> None:
         """Make the folder durable and visible."""
-        self.settle()
         with storage_errors(f"publishing {self.out}"):
             self.folder.chmod(0o755)
             fsync_folder(self.folder)
@@ -142,7 +122,6 @@ class FolderSink:
 
     def cancel(self) -> None:
         """Remove all that was written."""
-        self._finisher.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -151,6 +130,5 @@ class FolderSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._finisher.shutdown()
         if self.folder.exists():
             self.cancel()

@@ -125,9 +125,18 @@ class Registry(Protocol):
         ...
 
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        probe: str | None = None,
+        progress: Progress | None = None,
     ) -> CompositionInfo:
-        """Compose into the new folder `out`."""
+        """Compose into the new folder `out`.
+
+        probe: a text, whose perplexity before and after goes into the record.
+        """
         ...
 
     def extract(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from composer.recipe import Recipe
 
 __all__ = [
+    "Advice",
     "BaseFit",
     "BaseInfo",
     "BaseStatus",
@@ -95,6 +96,18 @@ class Verdict(Schema):
     reasons: tuple[Reason, ...] = ()
 
 
+class Advice(Schema):
+    """What the literature says against an adapter or a composition (registry.preflight); it refuses nothing."""
+
+    code: str = Field(description="stable: programs may match it")
+    adapter: str = Field(description="the adapter, or adapters, that it is about")
+    message: str
+    source: str = Field(description="the URL of the paper")
+
+    def __str__(self) -> str:
+        return f"{self.adapter}: {self.message} [{self.code}, {self.source}]"
+
+
 class FileInfo(Schema):
     """One file of a version, a base or a composition."""
 
@@ -163,6 +176,7 @@ class PublishResult(Schema):
     version: VersionInfo
     created: bool
     warnings: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
 
 
 class CompatibleAdapter(Schema):
@@ -200,6 +214,7 @@ class PlanInfo(Schema):
     adapters: tuple[PlannedAdapter, ...]
     accepted: bool
     warnings: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = Field(default=(), description="what the literature says against it")
     additions: tuple[str, ...] = Field(default=(), description="what adapters add to the model, in order")
     touched: int
     total: int
@@ -218,6 +233,7 @@ class CompositionInfo(Schema):
     nbytes: int
     cached: bool = Field(description="whether the same recipe over the same inputs was there already")
     warnings: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
 

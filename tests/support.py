@@ -81,6 +81,7 @@ def plan_folders(
     method: str = "linear",
     export: Export = Export.SAFETENSORS,
     task: int | None = None,
+    untie: bool = False,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
     terms = [Term(path.name, open_adapter(path), weight, task=task) for path, weight in adapters]
@@ -90,15 +91,16 @@ def plan_folders(
         dtype=dtype,
         method=method,
         export=export,
+        untie=untie,
     )
     return make_plan(recipe, open_checkpoint(base), terms)
 
 
 def compose_folders(
-    base: Path, adapters: Iterable[tuple[Path, float]], out: Path, *, dtype: Dtype = Dtype.KEEP
+    base: Path, adapters: Iterable[tuple[Path, float]], out: Path, *, dtype: Dtype = Dtype.KEEP, untie: bool = False
 ) -> Outcome:
     """Compose into `out`."""
-    return compose(plan_folders(base, adapters, dtype=dtype), out)
+    return compose(plan_folders(base, adapters, dtype=dtype, untie=untie), out)
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:

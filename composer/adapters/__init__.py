@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,6 +30,7 @@ from composer.errors import (
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
+from composer.renames import FAMILIES, module_names
 from composer.sizes import SIZE_MARK, model_sizes
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
@@ -55,8 +56,9 @@ ANY_SIZE = -1  # in a target's shape: the adapter does not say this size
 class Target:
     """One base parameter that an adapter touches: its name in the adapter, its shape in the base's layout.
 
-    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE. An adapter that names no parameter asks for a
-    size of the model (composer.sizes), such as @hidden_size.
+    A size the adapter does not know (IA3 knows one of two) is ANY_SIZE. Nor does it know whether a stack of experts, a
+    parameter that is no module's weight, is [experts, out, in] or [experts, in, out]: either fits. An adapter that
+    names no parameter asks for a size of the model (composer.sizes), such as @hidden_size.
     """
 
     parameter: str
@@ -66,6 +68,8 @@ class Target:
         """Whether a base tensor of this shape (None: the base has no such tensor) can be the target."""
         if shape is None or len(shape) != len(self.shape):
             return False
+        if len(shape) == 3 and not self.parameter.endswith((".weight", ".bias")) and self.shape[1:] == shape[:0:-1]:
+            return self.shape[0] == shape[0]
         return all(own in (ANY_SIZE, size) for own, size in zip(self.shape, shape, strict=True))
 
 
@@ -74,6 +78,8 @@ class Signature:
     """What an adapter needs of a base, known from its own header: the catalogue stores it.
 
     `optional` are biases that are touched where the base has them, each next to a weight among the targets.
+    Where the adapter uses layers of its base several times, `targets` are the base's own tensors, and `replicas` those
+    of the deeper model, which the adapter's tensors are named after.
     """
 
     kind: str
@@ -83,6 +89,7 @@ class Signature:
     alpha: float | None = None
     target_modules: tuple[str, ...] = ()
     optional: tuple[Target, ...] = ()
+    replicas: tuple[Target, ...] = ()
     virtual_tokens: int | None = None
 
 
@@ -125,7 +132,6 @@ class AdapterKind(Protocol):
 
     name: str
     peft_types: tuple[str, ...]
-    # A kind may set `stored_tensors`: its deltas are of the tensors that a checkpoint stores, tied ones included.
     # One that adds to the model has `additions(config, header)`, a list of composer.additions.Addition. One that was
     # trained on several tasks has `tasks(config)`, their number, and `additions` takes the task as well.
 
@@ -165,8 +171,9 @@ class Adapter:
         return self.config.get("base_model_name_or_path") or None
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-        """Resolve this adapter's parameters against a base's tensor names and shapes."""
-        return bind_optional(bind_targets(self.signature.targets, shapes), self.signature.optional, shapes)
+        """Resolve this adapter's parameters against tensor names and shapes: a base's, or those of its deeper model."""
+        targets = self.signature.replicas or self.signature.targets
+        return bind_optional(bind_targets(targets, shapes), self.signature.optional, shapes)
 
     def deltas(self, names: Mapping[str, str]) -> list[Delta]:
         """The changes, in the order of the adapter's tensors."""
@@ -304,13 +311,44 @@ def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ..
 
 
 def _bind_parameters(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-    """Match names exactly or through one missing or extra prefix.
+    """Match names exactly, through one missing or extra prefix, or renamed.
 
     A trainer saves ``model.layers.0…`` or ``bert.encoder…`` as its class nests modules; a checkpoint saved without
     its head lacks that prefix, one saved inside a wrapper has one more. One prefix rule must hold for all targets.
+    Where modules have other names than the checkpoint's tensors (composer.renames), two families that lead to
+    different tensors make the targets ambiguous.
     """
     if any(FLATTENED.fullmatch(target.parameter) for target in targets):
         return _bind_flattened(targets, shapes)
+    direct = _bind_prefixed(targets, shapes)
+    if not direct.mismatches:
+        return direct
+    return _one_of(targets, _bind_renamed(targets, shapes)) or direct
+
+
+def _bind_renamed(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Binding]:
+    """What the names of modules lead to, in each family of architectures through which all targets are found."""
+    found = []
+    for family in FAMILIES:
+        stored = module_names(family, tuple(shapes))
+        if stored is None:
+            continue
+        binding = _bind_prefixed(targets, {module: shapes[name] for module, name in stored.items()})
+        if not binding.mismatches:
+            found.append(Binding({parameter: stored[module] for parameter, module in binding.names.items()}))
+    return found
+
+
+def _one_of(targets: tuple[Target, ...], complete: Sequence[Binding]) -> Binding | None:
+    """The binding that all agree on; where they do not, the targets that may be several tensors are mismatches."""
+    if not complete or all(binding.names == complete[0].names for binding in complete):
+        return complete[0] if complete else None
+    found = {target: tuple(sorted({binding.names[target.parameter] for binding in complete})) for target in targets}
+    ambiguous = (Ambiguity(t.parameter, t.shape, None, names) for t, names in found.items() if len(names) > 1)
+    return Binding(complete[0].names, tuple(ambiguous))
+
+
+def _bind_prefixed(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
     best: Binding | None = None
     for rename in _prefix_rules(targets, shapes):
         names = {target.parameter: rename(target.parameter) for target in targets}
@@ -335,11 +373,7 @@ def _bind_flattened(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int,
     complete = [binding for binding in bindings if not binding.mismatches]
     if not complete:
         return min(bindings, key=lambda binding: len(binding.mismatches))
-    if all(binding.names == complete[0].names for binding in complete):
-        return complete[0]
-    found = {target: tuple(sorted({binding.names[target.parameter] for binding in complete})) for target in targets}
-    ambiguous = (Ambiguity(t.parameter, t.shape, None, names) for t, names in found.items() if len(names) > 1)
-    return Binding(complete[0].names, tuple(ambiguous))
+    return _one_of(targets, complete) or bindings[0]
 
 
 def _bind_way(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from composer.adapters._common import damaged
-from composer.adapters.lora import pattern_value
+from composer.adapters._lora_config import pattern_value
 
 __all__ = ["check_alpha", "scale_of"]
 

@@ -54,10 +54,12 @@ PARTS = {
 NORM_BEFORE = {
     "adapter_norm_before.weight": "norm_before.weight",
     "adapter_norm_before.bias": "norm_before.bias",
+    "adapter_down.0.weight": "norm_before.weight",
+    "adapter_down.0.bias": "norm_before.bias",
     "adapter_down.1.weight": "down.weight",
     "adapter_down.1.bias": "down.bias",
 }
-NORM_TWICE = {"adapter_down.0.weight": "adapter_norm_before.weight", "adapter_down.0.bias": "adapter_norm_before.bias"}
+SECOND_NAMES = {f"adapter_down.0.{part}": f"adapter_norm_before.{part}" for part in ("weight", "bias")}
 PLAIN = {"adapter_down.0.weight": "down.weight", "adapter_down.0.bias": "down.bias"}
 
 
@@ -78,9 +80,7 @@ class BottleneckKind:
         for holder, tensors in _holders(config, header).items():
             sublayer = _sublayer(config, holder)
             _check_shapes(config, holder, tensors)
-            if config.get("residual_before_ln", True) == "post_add" and not (
-                sublayer.norm and config.get("original_ln_before")
-            ):
+            if _adds_before_no_norm(config, sublayer):
                 raise refuse(
                     "residual_before_ln='post_add' has no meaning: no norm of the layer comes before the bottleneck",
                     expected="true or false",
@@ -118,8 +118,14 @@ class BottleneckKind:
             sublayer = _sublayer(config, holder)
             network = _network(config, sublayer)
             items.append(Bottleneck(Site(sublayer.module, sublayer.stream, sublayer.norm, (network,)), tensors))
-        copies = tuple(spec for spec in header.tensors.values() if _is_copy(config, header, spec.name))
-        return [Bottlenecks(config["model_type"], tuple(items), copies)]
+        return [Bottlenecks(config["model_type"], tuple(items), tuple(_copies(config, header).items()))]
+
+
+def _adds_before_no_norm(config: dict[str, Any], sublayer: Sublayer) -> bool:
+    """Whether the residual would be taken between an addition and a norm that are not there."""
+    if config.get("residual_before_ln", True) != "post_add" or config.get("is_parallel"):
+        return False
+    return sublayer.norm is None or not config.get("original_ln_before")
 
 
 def _network(config: dict[str, Any], sublayer: Sublayer) -> Network:
@@ -183,9 +189,10 @@ def _check_config(config: dict[str, Any]) -> None:
 def _holders(config: dict[str, Any], header: SafetensorsHeader) -> dict[str, dict[str, TensorSpec]]:
     """The tensors of each bottleneck by their part, by the module that holds it."""
     parts = PARTS | (NORM_BEFORE if config.get("ln_before") else PLAIN)
+    copies = _copies(config, header)
     found: dict[str, dict[str, TensorSpec]] = {}
     for spec in sorted(header.tensors.values(), key=lambda spec: spec.name):
-        if _is_copy(config, header, spec.name):
+        if spec in copies:
             continue
         for suffix, part in parts.items():
             if (holder := spec.name.removesuffix(f".{suffix}")) != spec.name:
@@ -196,14 +203,15 @@ def _holders(config: dict[str, Any], header: SafetensorsHeader) -> dict[str, dic
     return found
 
 
-def _is_copy(config: dict[str, Any], header: SafetensorsHeader, name: str) -> bool:
-    """Whether a tensor is the norm before the bottleneck under its second name; the two are one in the library."""
-    if not config.get("ln_before"):
-        return False
-    for copy, own in NORM_TWICE.items():
-        if name.endswith(copy):
-            return name.removesuffix(copy) + own in header.tensors
-    return False
+def _copies(config: dict[str, Any], header: SafetensorsHeader) -> dict[TensorSpec, TensorSpec]:
+    """The norm before a bottleneck under its second name → under its first: one module in the library."""
+    found = {}
+    for spec in header.tensors.values() if config.get("ln_before") else ():
+        for second, first in SECOND_NAMES.items():
+            original = header.tensors.get(spec.name.removesuffix(second) + first)
+            if spec.name.endswith(second) and original is not None:
+                found[spec] = original
+    return found
 
 
 def _check_shapes(config: dict[str, Any], holder: str, tensors: dict[str, TensorSpec]) -> None:

@@ -31,7 +31,6 @@ class CheckpointDeltaKind:
 
     name = "checkpoint-delta"
     peft_types = (PEFT_TYPE,)
-    stored_tensors = True  # it changes what the checkpoint stores, so a tied pair stays one
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError for another version, CorruptFileError where config and tensors disagree."""

@@ -65,6 +65,8 @@ def _bottleneck_layout(additions: Sequence[Bottlenecks]) -> Layout:
 
 
 def _bottleneck_tensors(additions: Sequence[Bottlenecks]) -> Iterator[tuple[str, np.ndarray]]:
+    for addition in additions:
+        addition.check_copies()
     for name, spec in stack_sites(additions)[1].items():
         yield name, read_array(spec)
 

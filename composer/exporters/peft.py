@@ -33,6 +33,7 @@ from composer.peft_format import (
     write_json,
     write_tensors,
 )
+from composer.places import places
 from composer.plan import SAFETENSORS_DTYPE, Plan, TensorJob, WeightedDelta
 from composer.recipe import Dtype
 from composer.sinks import FolderSink
@@ -53,6 +54,18 @@ class PeftExporter:
         Raises RecipeError (no adapters, a method that gives no factors), UnsupportedAdapterError (a delta that is not
         low-rank) or IncompatibleError (adapters of modules that no one model class names).
         """
+        beyond = {
+            "untie the ends of its base": plan.untied,
+            "be one for all copies of a layer": plan.layers,
+            "resize the vocabulary of its base": plan.vocabulary,
+        }
+        if what := next((what for what, asked in beyond.items() if asked), None):
+            raise IncompatibleError(
+                f"a LoRA cannot {what}",
+                expected="adapters that leave the base's tensors as they are named, sized and tied",
+                found=plan.config_changes,
+                remedy="compose to safetensors, or leave out the adapter that asks for it",
+            )
         method = find_method(plan.recipe.method)
         if method.name not in SUMS and not method.factors:
             raise RecipeError(
@@ -94,9 +107,9 @@ class PeftExporter:
         layout, saved = [], 0
         names = _peft_names(plan)
         for job in (job for job in plan.jobs if job.deltas):
-            module = names[job.source.name].removesuffix(".weight")
+            module = names[job.name].removesuffix(".weight")
             if job.deltas[0].delta.replaces:
-                layout.append((PREFIX + names[job.source.name], job.dtype, job.source.shape))
+                layout.append((PREFIX + names[job.name], job.dtype, job.source.shape))
                 saved += sum(source.nbytes for source in job.deltas[0].delta.sources)
                 continue
             rank = _bound(plan, job)
@@ -147,12 +160,10 @@ class _Run:
     def tensors(self, progress: Callable[[str, int, int], None]) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor of the file by name, in the order of the base's tensors."""
         jobs = [job for job in self.plan.jobs if job.deltas]
-        owners = {
-            self.names[job.source.name].removesuffix(".weight") for job in jobs if is_low_rank(job.deltas[0].delta)
-        }
+        owners = {self.names[job.name].removesuffix(".weight") for job in jobs if is_low_rank(job.deltas[0].delta)}
         for done, job in enumerate(jobs):
             progress("writing the adapter", done, len(jobs))
-            parameter = self.names[job.source.name]
+            parameter = self.names[job.name]
             delta = job.deltas[0].delta
             if isinstance(delta, Replace):
                 yield PREFIX + _wrapped(parameter, owners), delta.tensor.read()
@@ -169,7 +180,7 @@ class _Run:
         deltas = [item.delta.load() for item in job.deltas]
         _check_copies(job, deltas)
         weights = [item.weight for item in job.deltas]
-        method = find_method(self.plan.recipe.method).bind(self.plan.recipe.parameters, job.source.name)
+        method = find_method(self.plan.recipe.method).bind(self.plan.recipe.parameters, job.name)
         if method.method.factors:
             left, right = (side.astype(np.float64) for side in method.pair(deltas, weights))
         else:
@@ -178,7 +189,7 @@ class _Run:
         exact = left, right
         if self.plan.recipe.rank is not None:
             left, right, *self.energy[module] = truncate(left, right, rank=_bound(self.plan, job))
-        written = tuple(cast_block(side, _dtype(self.plan), job.source.name) for side in (left, right))
+        written = tuple(cast_block(side, _dtype(self.plan), job.name) for side in (left, right))
         parts = {
             item.term: (delta.left.astype(np.float64) * float(delta.scale), delta.right.astype(np.float64))
             for item, delta in zip(job.deltas, deltas, strict=True)
@@ -189,7 +200,7 @@ class _Run:
 
 def is_low_rank(delta: Any) -> bool:
     """Whether it is B·A on a matrix, as lora_A and lora_B of a linear layer say it."""
-    return isinstance(delta, LowRank | SingularFactors) and ".lora_A" in delta.a.name and len(delta.a.shape) == 2
+    return isinstance(delta, LowRank | SingularFactors) and ".lora_A" in delta.a.name and getattr(delta, "plain", True)
 
 
 def _bound(plan: Plan, job: TensorJob) -> int:
@@ -205,13 +216,13 @@ def _dtype(plan: Plan) -> str:
 
 def _check_delta(plan: Plan, job: TensorJob, item: WeightedDelta, names: Mapping[str, str]) -> None:
     delta, term = item.delta, plan.terms[item.term]
-    if is_low_rank(delta) and job.source.name.endswith(".weight") and len(job.source.shape) == 2:
+    if is_low_rank(delta) and job.name.endswith(".weight") and len(job.source.shape) == 2:
         return
-    if isinstance(delta, Replace) and _keeps(term.adapter, names[job.source.name]):
+    if isinstance(delta, Replace) and delta.rows is None and _keeps(term.adapter, names[job.name]):
         return
     kind = term.adapter.signature.kind
     raise UnsupportedAdapterError(
-        f"{term.label}: its change of {job.source.name} ({kind}, {type(delta).__name__}) cannot be written as a LoRA",
+        f"{term.label}: its change of {job.name} ({kind}, {type(delta).__name__}) cannot be written as a LoRA",
         expected="low-rank deltas of linear weights, trained biases and modules_to_save",
         found=f"{kind}: {type(delta).__name__}",
         remedy="compose to safetensors, or leave the adapter out",
@@ -249,13 +260,15 @@ def _peft_names(plan: Plan) -> dict[str, str]:
     An adapter of a class without the head lacks a prefix that the checkpoint has; one rule must name every target.
     Raises IncompatibleError where none does.
     """
-    targets = [job.source.name for job in plan.jobs if job.deltas]
+    targets = [job.name for job in plan.jobs if job.deltas]
     counted = {item.term for job in plan.jobs for item in job.deltas}
     for index in sorted(counted):
-        parameter, target = next(iter(plan.terms[index].adapter.bind(plan.checkpoint.shapes).names.items()))
+        binding = plan.terms[index].adapter.bind(places(plan.checkpoint))
+        parameter, target = next(iter(binding.names.items()))
         added = target.removesuffix(parameter) if target.endswith(parameter) else ""
         removed = parameter.removesuffix(target) if parameter.endswith(target) else ""
-        if all(name.startswith(added) for name in targets):
+        prefixed = all(removed + stored.removeprefix(added) == module for module, stored in binding.names.items())
+        if prefixed and all(name.startswith(added) for name in targets):
             return {
                 name: removed + name.removeprefix(added) for name in plan.checkpoint.tensors if name.startswith(added)
             }

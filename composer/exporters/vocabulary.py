@@ -18,10 +18,11 @@ from typing import Any
 
 from composer.additions import SoftPrompt
 from composer.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
+from composer.ends import tied
 from composer.errors import UnsupportedArchitectureError
 from composer.exporters.tokenizer import Tokenizer, read_tokenizer
 from composer.files import read_json
-from composer.plan import NewRows, Plan, ShardPlan, TensorJob, encode_shard, tied
+from composer.plan import NewRows, Plan, ShardPlan, TensorJob, encode_shard
 
 __all__ = ["GENERATES", "embedding_scale", "with_virtual_tokens"]
 
@@ -44,7 +45,8 @@ def with_virtual_tokens(plan: Plan) -> Plan:
     count = sum(prompt.tokens for prompt in prompts)
     embedding = _embedding(plan)
     generates = checkpoint.architecture.endswith(GENERATES)
-    tokenizer = read_tokenizer(checkpoint.files)
+    resized = plan.vocabulary.tokenizer if plan.vocabulary else {}
+    tokenizer = read_tokenizer({**checkpoint.files, **resized})
     start = _first_free(tokenizer, embedding)
     rows = NewRows(start, count, prompts, embedding_scale(checkpoint.config))
     means = NewRows(start, count)
@@ -54,7 +56,7 @@ def with_virtual_tokens(plan: Plan) -> Plan:
         jobs = [_changed(job, embedding, rows, means) for job in shard.jobs]
         if untied and embedding in shard.jobs and not any(map(_is_head, plan.jobs)):
             name = UNTIED_HEADS.get(checkpoint.architecture, "lm_head.weight")
-            jobs.append(replace(embedding, rename=name, new_rows=means))
+            jobs.append(replace(embedding, renamed=name, new_rows=means))
         shards.append(ShardPlan(shard.name, encode_shard(jobs), tuple(jobs)))
     names, files = [], {}
     warnings = ()
@@ -73,7 +75,7 @@ def with_virtual_tokens(plan: Plan) -> Plan:
         plan,
         shards=tuple(shards),
         files=files,
-        config_changes=changes,
+        config_fields=changes,
         facts={"virtual_tokens": {"ids": ids, "tokens": names or None}},
         warnings=warnings,
     )

@@ -57,14 +57,13 @@ def attach(model: torch.nn.Module, folder: str | Path) -> Handle:
     tensors = load_file(folder / "bottlenecks.safetensors")
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "")
-    hooks: list[Any] = []
+    sites = []
     for entry in document["sites"]:
         places = {part: _find(modules, prefix, entry[part]) for part in ("module", "stream", "norm") if entry[part]}
-        networks = [_Network(network, tensors) for network in entry["networks"]]
-        hooks += _hook(places, networks)
+        sites.append((places, [_Network(network, tensors) for network in entry["networks"]]))
     if tensors:
         raise ValueError(f"no site uses {len(tensors)} tensors, such as {min(tensors)}")
-    return Handle(hooks)
+    return Handle([hook for places, networks in sites for hook in _hook(places, networks)])
 
 
 class Handle:

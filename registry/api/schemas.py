@@ -33,6 +33,7 @@ class RecipeRequest(_Request):
     export: Export = Export.SAFETENSORS
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
     allow: Allow = Allow.SAME_VALUES
+    untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
 
 
 class DoctorReport(BaseModel):
@@ -49,7 +50,7 @@ class Health(BaseModel):
     version: str
 
 
-SETTINGS = ("method", "parameters", "dtype", "export", "rank", "allow")
+SETTINGS = ("method", "parameters", "dtype", "export", "rank", "allow", "untie")
 
 
 def to_recipe(body: RecipeRequest | Recipe) -> Recipe:

@@ -8,6 +8,7 @@ from sqlalchemy import Engine, and_, func, select, tuple_
 from sqlalchemy.orm import Session, selectinload
 
 from composer.adapters import Target
+from composer.places import with_module_places
 from registry.compat import BaseClaim, BaseFacts, assess, better_or_equal
 from registry.db import session_scope
 from registry.errors import AdapterNotFoundError, BaseNotFoundError, VersionNotFoundError
@@ -167,7 +168,7 @@ def base_facts(session: Session, row: BaseModelRow) -> BaseFacts:
         fingerprint=row.fingerprint,
         value_root=row.value_root,
         config_digest=row.config_digest,
-        shapes={name: tuple(shape) for name, shape in tensors},
+        shapes=with_module_places({name: tuple(shape) for name, shape in tensors}, row.architecture),
         relatives=_relatives(session, row),
     )
 

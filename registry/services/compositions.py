@@ -20,10 +20,13 @@ from sqlalchemy import Engine, select
 import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
+from composer.companions import companion_files
 from composer.errors import TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.places import places
 from composer.plan import Plan, Term, make_plan
+from composer.probe import probe_digest
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.run import compose
@@ -33,7 +36,8 @@ from registry.db import session_scope
 from registry.errors import BaseChangedError
 from registry.interface import Progress
 from registry.models import BaseFileRow, BaseModelRow, CompositionRow, VersionRow
-from registry.schemas import CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
+from registry.preflight import plan_advice
+from registry.schemas import Advice, CompositionInfo, Level, PlanInfo, PlannedAdapter, Verdict
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim, version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
@@ -146,18 +150,11 @@ class Compositions:
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
         if in_place:
-            files = in_place.plan_files(plan)
+            files, companions = in_place.plan_files(plan), {}
         else:
             added = find_exporter(recipe.export).plan_files(plan)
             files = {**{shard.name: shard.nbytes for shard in plan.shards}, **added}
-        companions = (
-            {}
-            if in_place
-            else {
-                **{name: plan.checkpoint.files[name].stat().st_size for name in copy_names(plan.checkpoint.files)},
-                **{name: len(data) for name, data in plan.files.items()},
-            }
-        )
+            companions = {name: len(data) for name, data in companion_files(plan)}
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -176,6 +173,7 @@ class Compositions:
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             warnings=(*resolved.warnings, *plan.warnings),
+            advice=tuple(plan_advice(plan)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
@@ -184,19 +182,26 @@ class Compositions:
             files={**files, **companions},
         )
 
-    def compose(self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None) -> CompositionInfo:
-        """Compose into `out`, or say that the very same result lies there."""
+    def compose(
+        self, recipe: Recipe, out: Path, replace: bool, progress: Progress | None, text: str | None = None
+    ) -> CompositionInfo:
+        """Compose into `out`, or say that the very same result lies there, probed with the same text."""
         out = out.expanduser().resolve()
         resolved = self.resolve(recipe, progress)
         plan = self._plan(resolved)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
-        if (earlier := _earlier(out, resolved.key)) is not None:
+        key = resolved.key
+        if text is not None:
+            key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+        if (earlier := _earlier(out, key)) is not None:
             return _info(recipe, out, earlier, cached=True, seconds={})
+        advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
+        inputs = {**resolved.inputs, "key": key, "advice": advice}
         outcome = compose(
-            plan, out, inputs=resolved.inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace
+            plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text
         )
-        self._record(resolved, outcome.record)
+        self._record(resolved, key, outcome.record)
         return _info(recipe, out, outcome.record, cached=False, seconds=outcome.seconds)
 
     def check(self, adapter: str, base: str) -> Verdict:
@@ -225,7 +230,7 @@ class Compositions:
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
-        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, checkpoint.shapes)
+        facts = BaseFacts(str(folder), found.identity, found.value_root, found.config, places(checkpoint))
         return ResolvedBase(checkpoint, facts, found.tokenizer, found.chat_template)
 
     @staticmethod
@@ -270,12 +275,12 @@ class Compositions:
         ]
         return make_plan(resolved.recipe, resolved.base.checkpoint, terms)
 
-    def _record(self, resolved: Resolved, record: dict[str, Any]) -> None:
+    def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:
         with session_scope(self._engine, writes=True) as session:
-            if session.scalar(select(CompositionRow).where(CompositionRow.key == resolved.key)) is None:
+            if session.scalar(select(CompositionRow).where(CompositionRow.key == key)) is None:
                 session.add(
                     CompositionRow(
-                        key=resolved.key,
+                        key=key,
                         recipe=resolved.recipe.model_dump(mode="json"),
                         inputs=resolved.inputs,
                         output_digest=record["output_digest"],
@@ -352,6 +357,7 @@ def _info(
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
         warnings=tuple(record["warnings"]),
+        advice=tuple(Advice(**entry) for entry in record.get("advice", ())),
         record=record,
         seconds=seconds,
     )

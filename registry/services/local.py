@@ -156,9 +156,15 @@ class LocalRegistry:
         return self._compositions.plan(recipe)
 
     def compose(
-        self, recipe: Recipe, out: Path, *, replace: bool = False, progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        replace: bool = False,
+        probe: str | None = None,
+        progress: Progress | None = None,
     ) -> CompositionInfo:
-        return self._compositions.compose(recipe, out, replace, progress)
+        return self._compositions.compose(recipe, out, replace, progress, probe)
 
     def extract(
         self,

@@ -21,11 +21,13 @@ def test_a_bottleneck_goes_through_every_command(run: Any, service: str, remote:
     """Published, checked, planned, composed and pulled as any adapter is."""
     to = ("--url", service) if remote else ()
     run(*to, "base", "add", LLAMA / "base", "--name", "tiny")
-    run(*to, "publish", LLAMA / "houlsby", "--name", "team/houlsby", "--version", "1.0.0", "--base", "tiny")
+    houlsby = (LLAMA / "houlsby", "--name", "team/houlsby", "--version", "1.0.0", "--base", "tiny")
+    assert run(*to, "publish", *houlsby).stdout.splitlines()[-1] == "bottleneck, 592 parameters"
     run(*to, "publish", LLAMA / "lora", "--name", "team/lora", "--version", "1.0.0", "--base", "tiny")
     shown = json.loads(run(*to, "show", "team/houlsby", "--format", "json").stdout)
     assert (shown["kind"], shown["rank"], shown["parameters"]) == ("bottleneck", 4, 592)
-    assert json.loads(run(*to, "inspect", "team/houlsby", "--format", "json").stdout)["parameters"] == 592
+    facts = json.loads(run(*to, "inspect", "team/houlsby", "--format", "json").stdout)
+    assert (facts["parameters"], facts["adds"]) == (592, ["4 bottlenecks of rank 4, 592 parameters"])
     assert run(*to, "check", "team/houlsby", "tiny", "--format", "quiet").stdout.split() == ["exact"]
     fits = json.loads(run(*to, "compatible", "tiny", "--format", "json").stdout)
     assert {fit["adapter"]["name"] for fit in fits} == {"team/houlsby", "team/lora"}

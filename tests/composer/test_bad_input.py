@@ -449,14 +449,3 @@ def test_an_incomplete_adapter_is_refused(lora: Path, tensors: dict[str, np.ndar
     write_tensors(lora / "adapter_model.safetensors", tensors)
     with pytest.raises(CorruptFileError):
         open_adapter(lora)
-
-
-def test_lora_on_a_convolution_is_refused(lora: Path) -> None:
-    """Four dimensions are not a matrix; refused as unsupported."""
-    from composer.errors import UnsupportedAdapterError
-
-    factors = {"base_model.model.c.lora_A.weight": np.ones((2, 3, 3, 3), np.float32),
-               "base_model.model.c.lora_B.weight": np.ones((8, 2, 1, 1), np.float32)}  # fmt: skip
-    write_tensors(lora / "adapter_model.safetensors", factors)
-    with pytest.raises(UnsupportedAdapterError, match="convolution"):
-        open_adapter(lora)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import composer.run
 from composer.errors import ConflictError, StorageError
 from composer.sinks import FolderSink
 from composer.writer import ROOM_BYTES, HashingWriter, Staging
-from tests.support import compose_folders, plan_folders, weight_bytes, write_base, write_lora
+from tests.support import compose_folders, plan_folders, reshard, weight_bytes, write_base, write_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -293,3 +294,67 @@ def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path: Path, monke
     with pytest.raises(StorageError, match="No space left"), FolderSink(tmp_path / "out") as sink:
         sink.write("file", b"x")
     assert not list(tmp_path.iterdir())
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from tests.support import compose_folders
+base, out, *adapters = map(Path, sys.argv[1:])
+compose_folders(base, [(adapter, 0.5) for adapter in adapters], out)
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) >> 10)  # getrusage would count what the parent held before exec
+"""
+
+
+def peak_mib(base: Path, out: Path, adapters: list[Path]) -> int:
+    """The largest resident set of a process that composes, in MiB."""
+    done = subprocess.run(script(PEAK, base, out, *adapters), cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_merge_stays_under_300_mib_whatever_the_size_of_the_model(tmp_path: Path) -> None:
+    """A model four times as large takes no more memory: 256 MiB and 1 GiB of bf16, a LoRA on every tensor."""
+    from composer.tensors import encode_header
+
+    peaks = []
+    for count in (8, 32):
+        names = [f"layer{index}.weight" for index in range(count)]
+        base = write_base(tmp_path / f"base{count}", {"x": np.zeros(1, np.float32)})
+        header = encode_header([(name, "BF16", (4096, 4096)) for name in names], {})
+        with (base / "model.safetensors").open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + count * (32 << 20))
+        modules = {name.removesuffix(".weight"): (4096, 4096) for name in names}
+        lora = write_lora(tmp_path / f"lora{count}", modules, rank=16)
+        peaks.append(peak_mib(base, tmp_path / "out", [lora]))
+        shutil.rmtree(tmp_path / "out")
+    assert max(peaks) < 300
+    assert peaks[1] - peaks[0] < 24
+
+
+@pytest.mark.slow
+def test_64_adapters_of_rank_512_stay_under_300_mib(tmp_path: Path) -> None:
+    """256 MiB of factors on one tensor: one adapter is held at a time."""
+    import ml_dtypes
+
+    base = write_base(tmp_path / "base", {"x.weight": np.ones((1024, 1024), ml_dtypes.bfloat16)})
+    adapters = [write_lora(tmp_path / f"a{index}", {"x": (1024, 1024)}, rank=512, seed=index) for index in range(64)]
+    assert peak_mib(base, tmp_path / "out", adapters) < 300
+
+
+def test_a_shard_that_fails_stops_the_others(tmp_path: Path, tiny_llama: Path, tiny_lora: Path) -> None:
+    """An error in the report of progress ends every file that is being written; nothing is left."""
+    base = reshard(tiny_llama, tmp_path / "base", shards=5)
+    seen: list[int] = []
+
+    def report(step: str, done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 4:
+            raise InterruptedError("enough")
+
+    with pytest.raises(StorageError, match="enough"):
+        composer.run.compose(plan_folders(base, [(tiny_lora, 1.0)]), tmp_path / "made" / "out", progress=report)
+    assert len(seen) == 4
+    assert everything(tmp_path / "made") == set()

@@ -162,8 +162,8 @@ class _Splice:
         total = self._add("Add", [value, x])
         if norm is None:
             return total
-        found = {attribute.name: attribute for attribute in norm.attribute}
-        return self._add("LayerNormalization", [total, *norm.input[1:]], epsilon=found["epsilon"].f, axis=-1)
+        epsilon = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), EPSILON)
+        return self._add("LayerNormalization", [total, *norm.input[1:]], epsilon=epsilon, axis=-1)
 
     def _change(self, network: Network, placed: dict[str, str], z: str) -> str:
         """scaling · up(activation(down(norm_before(z))))"""

@@ -36,7 +36,7 @@ from composer.run import Outcome, compose
 from composer.runtime.bottlenecks import attach, load
 from composer.tensors import read_header
 from tests.composer.test_boundaries import imported
-from tests.support import edit_json, plan_folders, read_tensors, weight_bytes, write_lora
+from tests.support import edit_json, plan_folders, read_tensors, weight_bytes, write_lora, write_tensors
 
 ROOT = Path(__file__).parents[2] / "fixtures" / "bottlenecks"
 TOLERANCE = 1e-5
@@ -116,6 +116,27 @@ def test_generation_goes_on_alike_in_both_runtimes(graphs: Path, tmp_path: Path)
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, eos_token_id=None
     )
     np.testing.assert_array_equal(found, wanted[:, ids.shape[1] :].numpy())
+
+
+@pytest.mark.slow
+def test_a_prompt_before_a_lora_and_bottlenecks_runs_in_one_graph(graphs: Path, tmp_path: Path) -> None:
+    """base+lora+bottleneck+prompt: the graph gives what hooks give on the prompt's vectors before the embeddings."""
+    vectors = torch.randn(3, 16, generator=torch.Generator().manual_seed(5))
+    write_tensors(tmp_path / "prompt" / "adapter_model.safetensors", {"prompt_embeddings": vectors.numpy()})
+    fields = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "token_dim": 16,
+              "num_layers": 2, "num_attention_heads": 2}  # fmt: skip
+    (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(fields))
+    terms = [*folders("llama", "lora+houlsby"), (tmp_path / "prompt", 1.0)]
+    plan = plan_folders(ROOT / "llama" / "base", terms, export=Export.ONNX)
+    compose(plan, tmp_path / "out", cache_dir=graphs)
+    ids = EXPECTED["llama"]["input_ids"]
+    found, _ = forward(open_session(tmp_path / "out" / "model.onnx"), ids.numpy(), np.ones(ids.shape, np.int64))
+    model = load(tmp_path / "out")
+    embeddings = torch.cat([vectors.expand(2, -1, -1), model.get_input_embeddings()(ids)], dim=1)
+    with torch.no_grad():
+        wanted = model(inputs_embeds=embeddings).logits[:, 3:]
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=TOLERANCE)
+    assert (wanted - EXPECTED["llama"]["lora+houlsby"]).abs().max() > 1e-2
 
 
 @pytest.mark.slow
@@ -311,12 +332,32 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
             open_adapter(folder)
 
 
+def test_a_norm_before_may_have_either_of_its_names_or_both(tmp_path: Path) -> None:
+    """The library saves one module under two; where these differ, neither is taken."""
+    tensors = load_file(ROOT / "bert-classifier" / "norms" / "adapter.safetensors")
+    shutil.copytree(ROOT / "bert-classifier" / "norms", tmp_path / "norms")
+    base, found = ROOT / "bert-classifier" / "base", []
+    for absent in ("adapter_norm_before", "adapter_down.0", "neither"):
+        save_file(
+            {name: t for name, t in tensors.items() if absent not in name}, tmp_path / "norms/adapter.safetensors"
+        )
+        plan = plan_folders(base, [(tmp_path / "norms", 1.0)], export=Export.BUNDLE)
+        found.append(compose(plan, tmp_path / absent).out / TENSORS)
+    assert found[0].read_bytes() == found[1].read_bytes() == found[2].read_bytes()
+    name = next(name for name in tensors if name.endswith("adapter_down.0.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "norms" / "adapter.safetensors")
+    with pytest.raises(CorruptFileError, match="are one tensor, and differ"):
+        compose(plan_folders(base, [(tmp_path / "norms", 1.0)], export=Export.BUNDLE), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_loader_names_what_does_not_fit(tmp_path: Path) -> None:
     """Another format, a module that the model lacks, tensors that are left."""
     bundle("llama", "houlsby", tmp_path / "out")
     model = load_model(ROOT / "bert-classifier" / "base")
     with pytest.raises(ValueError, match=r"no module model\.layers\.0"):
         attach(model, tmp_path / "out")
+    assert torch.equal(run(model, EXPECTED["bert-classifier"]), EXPECTED["bert-classifier"]["base"])
     document = json.loads((tmp_path / "out" / BUNDLE).read_text())
     (tmp_path / "out" / BUNDLE).write_text(json.dumps({**document, "sites": document["sites"][1:]}))
     model = load_model(ROOT / "llama" / "base")

@@ -125,6 +125,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gralora-hybrid": ("bert", "GraloraConfig", {"target_modules": ["query", "dense"], "r": 6, "hybrid_r": 3}),
     "hira": ("llama", "HiraConfig", {"target_modules": LINEAR, "r": 3}),
     "delora": ("llama", "DeloraConfig", {"target_modules": LINEAR, "r": 3, "delora_lambda": 30}),
+    "trainable-tokens": ("llama", "TrainableTokensConfig", {"token_indices": [3, 5, 60]}),
     "ln-tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "ln-tuning-bias": ("gpt2", "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
 }
