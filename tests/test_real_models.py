@@ -155,7 +155,9 @@ def test_live_merged_and_onnx_agree_on_ten_prompts(opened: LocalRegistry, smollm
 def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
     opened: LocalRegistry, smollm2: Path, tmp_path: Path
 ) -> None:
-    """fp32 logits to 1e-4 and 32 equal greedy tokens on three prompts: PEFT live, plain checkpoint, ONNX Runtime."""
+    """Logits and 32 greedy tokens on three prompts. PEFT live against the plain checkpoint: fp32 logits to 1e-4; against
+    ONNX Runtime, whose sums have another order: to 1e-5 of the largest logit; the tokens are equal.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,7 +181,8 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
             plain = words(input_ids=given).logits[0, 16:]
             assert float((plain[:, : expected.shape[1]] - expected).abs().max()) <= 1e-4
             assert bool((plain.argmax(-1) < expected.shape[1]).all())
-            assert float(np.abs(forward(session, ids.numpy(), mask)[0][0] - expected.numpy()).max()) <= 1e-4
+            difference = np.abs(forward(session, ids.numpy(), mask)[0][0] - expected.numpy()).max()
+            assert float(difference) <= 1e-5 * float(expected.abs().max())
             wanted = live.generate(
                 input_ids=ids, attention_mask=torch.from_numpy(mask), max_new_tokens=32, do_sample=False
             )
@@ -194,27 +197,39 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
 def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
     opened: LocalRegistry, smollm2: Path, tmp_path: Path
 ) -> None:
-    """20 tokens of SmolLM2 are 230,400 numbers, not the 691,200 of its hidden size; oracle: PEFT live to 1e-4."""
+    """20 tokens of SmolLM2 are 230,400 numbers, not the 691,200 of its hidden size.
+
+    The prefix is what the cache holds of a text of 20 tokens, so two oracles agree: PEFT live with the prefix, and the
+    base itself on the text and the prompt; in logits to 1e-5 of the largest, and in 32 greedy tokens.
+    """
     import torch
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from composer.exporters.onnx.session import forward, generate, open_session
 
-    torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    text = tokenizer(" ".join(PROMPTS), return_tensors="pt").input_ids[:, :20]
+    ids = prompt_ids(tokenizer)[0]
+    with torch.inference_mode():
+        whole = base(input_ids=torch.cat([text, ids], dim=1)).logits[0, 20:].numpy()
+        layers = base(input_ids=text, use_cache=True).past_key_values.layers
+        pairs = [part[0].transpose(0, 1).flatten(1) for layer in layers for part in (layer.keys, layer.values)]
     live = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)).eval()
+    live.prompt_encoder["default"].embedding.weight.data = torch.cat(pairs, dim=1).clone()
     live.save_pretrained(tmp_path / "prefix")
     published = opened.publish(tmp_path / "prefix", name="test/prefix", version="1.0.0", base="smollm2")
     assert published.version.parameters == 230_400
     opened.compose(parse_recipe("smollm2+test/prefix", dtype=Dtype.FP32, export=Export.ONNX), tmp_path / "out")
     session = open_session(tmp_path / "out" / "model.onnx")
-    ids = prompt_ids(AutoTokenizer.from_pretrained(smollm2))[0]
     mask = torch.ones_like(ids)
     with torch.inference_mode():
         expected = live(input_ids=ids, attention_mask=mask).logits[0].numpy()
         wanted = live.generate(input_ids=ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
-    assert float(np.abs(forward(session, ids.numpy(), mask.numpy())[0][0] - expected).max()) <= 1e-4
+    found = forward(session, ids.numpy(), mask.numpy())[0][0]
+    for oracle in (expected, whole):
+        assert float(np.abs(found - oracle).max()) <= 1e-5 * float(np.abs(oracle).max())
     tokens = generate(session, ids.numpy(), mask.numpy(), 32, [2])[0]
     assert tokens.tolist() == wanted[0, ids.shape[1] :].tolist()
 
