@@ -8,6 +8,7 @@ compatibility.py  compatible, bases, check
 compose.py        plan, compose, inspect
 jobs.py           jobs list|show|cancel|retry, worker
 access.py         token, namespace, audit
+bench.py          bench
 service.py        serve, doctor
 options.py        what is common to the commands, and which registry they talk to
 output.py         human, json or quiet; views.py: each noun as text; progress.py: bytes on stderr

@@ -56,7 +56,8 @@ def publish(
     info = result.version
     ref = f"{info.name}@{info.version}"
     text = f"published {ref}" if result.created else f"{ref} holds these very bytes already"
-    emit(settings, result, lambda: f"{text}\n{info.digest}", lambda: ref, result.warnings)
+    kind = f"{info.kind}, {info.parameters:,} parameters"
+    emit(settings, result, lambda: f"{text}\n{info.digest}\n{kind}", lambda: ref, result.warnings)
 
 
 @click.command("list")

@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INCOMPATIBLE = 4
 MAX_OUT = 100
+MAX_PROBE = 1 << 20
 RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
@@ -133,8 +134,8 @@ def default_out(recipe: Recipe) -> Path:
 def plan(settings: Settings, recipe: str, **words: Any) -> None:
     """Show what composing RECIPE would do; nothing is written.
 
-    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…] or a YAML file. Exits with 4 when the verdict is weaker than
-    --allow.
+    RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…] or a YAML file. Exits with 4 when the verdict is weaker
+    than --allow.
     """
     from cli.views import plan_block
 
@@ -152,14 +153,27 @@ def plan(settings: Settings, recipe: str, **words: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace OUT if it is a composed model.")
 @click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
 @click.option("--queue", is_flag=True, help="Only queue it, for a worker to run; prints the job.")
+@click.option(
+    "--probe",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A plain text: its perplexity before and after goes into composition.json.",
+)
 @common_options
 @pass_settings
 def compose(
-    settings: Settings, recipe: str, out: Path | None, force: bool, accept_licences: bool, queue: bool, **words: Any
+    settings: Settings,
+    recipe: str,
+    out: Path | None,
+    force: bool,
+    accept_licences: bool,
+    queue: bool,
+    probe: Path | None,
+    **words: Any,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
-    RECIPE is BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
+    RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
     YAML file that may give weights by module. The folder appears whole or not at all.
     """
     from cli.views import composition_block, job_block
@@ -174,9 +188,25 @@ def compose(
     folder = out or default_out(wanted)
     with settings.progress() as progress:
         result = settings.registry.compose(
-            wanted, folder, replace=force, accept_licences=accept_licences, progress=progress
+            wanted,
+            folder,
+            replace=force,
+            accept_licences=accept_licences,
+            probe=_text(probe),
+            progress=progress,
         )
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+def _text(path: Path | None) -> str | None:
+    """What a file to probe holds: UTF-8, its first mebibyte."""
+    if path is None:
+        return None
+    try:
+        with path.expanduser().open(encoding="utf-8") as file:
+            return file.read(MAX_PROBE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read as text: {error}", param_hint="--probe") from None
 
 
 @click.command()

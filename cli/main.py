@@ -60,6 +60,7 @@ COMMANDS = {
     "inspect": "compose",
     "jobs": "jobs",
     "worker": "jobs",
+    "bench": "bench",
     "serve": "service",
     "token": "access",
     "namespace": "access",

@@ -39,7 +39,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # The values of the enums in composer.recipe and registry.schemas, so that --help need not import pydantic; a test
 # compares them.
 DTYPES = ("keep", "bf16", "fp16", "fp32")
-EXPORTS = ("safetensors", "onnx", "peft")
+EXPORTS = ("safetensors", "onnx", "bundle", "peft")
 PRECISIONS = ("quantised", "original")
 ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")

@@ -1,6 +1,6 @@
 """Printing: data on stdout as people, programs or scripts want it.
 
-human   tables and blocks, written by hand; warnings on stderr
+human   tables and blocks, written by hand; warnings and advice on stderr
 json    the schema as it is
 quiet   the identifying value, one a line
 """
@@ -21,7 +21,7 @@ __all__ = ["block", "clean", "emit", "short", "size", "table"]
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 DIGEST_DIGITS = 12
-NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?(%| B| [KMGT]iB)?")
+NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?(%| B| [KMGT]iB|×)?")
 
 
 def emit(
@@ -31,7 +31,10 @@ def emit(
     quiet: Callable[[], str | Iterable[str]],
     warnings: Sequence[str] = (),
 ) -> None:
-    """Print `value` in the format that was asked for. `value`: a schema, a list of schemas or plain JSON."""
+    """Print `value` in the format that was asked for: a schema, a list of schemas or plain JSON.
+
+    Warnings and the value's own advice go to stderr, for people; programs read them in the value.
+    """
     if settings.format == "json":
         click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
         return
@@ -45,6 +48,8 @@ def emit(
         click.echo(text)
     for warning in warnings:
         click.echo(f"warning: {clean(warning)}", err=True)
+    for advice in getattr(value, "advice", ()):
+        click.echo(f"advice: {clean(str(advice))}", err=True)
 
 
 def _plain(value: Any) -> Any:

@@ -293,6 +293,7 @@ def plan_block(plan: PlanInfo) -> str:
             ("dtype", plan.recipe.dtype.value),
             ("export", plan.recipe.export.value),
             ("tensors", f"{plan.touched} of {plan.total} change"),
+            *(("added", item) for item in plan.additions),
             ("weights", size(plan.nbytes)),
             ("memory", f"about {size(plan.peak_bytes)} at most"),
             ("accepted", "yes" if plan.accepted else f"no: it needs more than --allow {plan.recipe.allow.value}"),
@@ -321,6 +322,7 @@ def composition_block(result: CompositionInfo) -> str:
             ("export", result.export),
             ("output", result.output_digest),
             ("size", size(result.nbytes)),
+            ("perplexity", _perplexity(record.get("probe"))),
             ("discarded", None if lost is None else f"{lost:.3%} of the energy, by the rank"),
             ("seconds", timing),
         ]
@@ -343,6 +345,13 @@ def composition_block(result: CompositionInfo) -> str:
         "no files",
     )
     return f"{facts}\n\n{adapters}\n\n{files}"
+
+
+def _perplexity(probe: dict[str, Any] | None) -> str | None:
+    if probe is None:
+        return None
+    values = probe["perplexity"]
+    return f"{values['base']:g} of the base, {values['composed']:g} composed ({probe['tokens']:,} tokens)"
 
 
 def conversion_block(result: ConversionInfo) -> str:

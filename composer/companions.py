@@ -5,6 +5,8 @@ dtype, no quantization_config     a number format was chosen, or the base is qua
 tie_word_embeddings false         both ends of a pair that the base ties are written
 num_hidden_layers                 layers of the base are used several times
 vocab_size                        the vocabulary was resized; the tokenizer is then the adapter's
+
+A plan that an exporter derived may bring files, and fields of config.json, of its own.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ def companion_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
         others = {name: path for name, path in files.items() if name not in tokenizer_files(files)}
         files = {**others, **plan.vocabulary.tokenizer}
     for name, path in files.items():
-        yield name, _config(plan, path) if name == "config.json" else path.read_bytes()
+        if name not in plan.files:
+            yield name, _config(plan, path) if name == "config.json" else path.read_bytes()
     if "config.json" not in files:  # a GGUF file alone: its metadata says what the config is
         yield "config.json", _config(plan, None)
+    yield from plan.files.items()
 
 
 def _config(plan: Plan, path: Path | None) -> bytes:

@@ -4,7 +4,8 @@
     ├── ShardPlan model-00001-of-00002.safetensors     header bytes + jobs in file order
     │   ├── TensorJob model.embed_tokens.weight        no deltas: copied
     │   └── TensorJob model.layers.0…q_proj.weight     deltas: read, merged, rounded once
-    └── …
+    ├── …
+    └── PlannedAddition                               what adapters add besides, in the order of the recipe
 
 The output keeps the base's files and order, so the plan is also an honest dry run.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from composer.adapters import Adapter
+from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight, check_whole
+from composer.bottlenecks import Bottlenecks, stack_sites
 from composer.checkpoint import Checkpoint
 from composer.deltas import Delta, LowRank, Replace
 from composer.deltas_checkpoint import CheckpointDelta
@@ -30,6 +33,7 @@ from composer.errors import (
     UnsupportedAdapterError,
 )
 from composer.methods import MergeMethod, find_method
+from composer.places import places
 from composer.quantised import QuantisedTensor, find_scheme
 from composer.recipe import Dtype, ModuleWeight, Recipe
 from composer.replication import layer_map, replicate
@@ -38,7 +42,7 @@ from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 from composer.vocabulary import Vocabulary, resized_vocabulary
 from composer.writer import ROOM_BYTES
 
-__all__ = ["Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "make_plan"]
+__all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan"]
 
 BLOCK_BYTES = 2 << 20
 TILE_ROWS = 4  # the compiled kernel merges so many rows at a time, the rest of a block slowly
@@ -61,6 +65,7 @@ class Term:
     adapter: Adapter
     weight: float
     modules: tuple[ModuleWeight, ...] = ()
+    task: int | None = None
 
     def weight_of(self, target: str) -> float:
         """The weight of the first pattern in `modules` that fits the base tensor's name, else `weight`."""
@@ -77,10 +82,24 @@ class WeightedDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class NewRows:
+    """Rows [start, start + count) of a vocabulary's tensor, in place of its own where it has as many.
+
+    They are the prompts' vectors divided by `scale`; without prompts, each is the mean of the rows before `start`.
+    """
+
+    start: int
+    count: int
+    prompts: tuple[SoftPrompt, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorJob:
     """One tensor of the output: `source` is where the base's lies, `dtype` what is written.
 
-    `renamed` is its name where that is not the source's: the head of a pair that is tied in the base.
+    `renamed` is its name where that is not the source's: the head of a pair that is tied in the base. `new_rows` is
+    what its vocabulary gains.
     """
 
     source: TensorSpec | QuantisedTensor
@@ -88,6 +107,7 @@ class TensorJob:
     deltas: tuple[WeightedDelta, ...]
     method: MergeMethod | None = None
     renamed: str | None = None
+    new_rows: NewRows | None = None
 
     @property
     def name(self) -> str:
@@ -95,9 +115,16 @@ class TensorJob:
         return self.renamed or self.source.name
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the output."""
+        if self.new_rows is None:
+            return self.source.shape
+        return (max(self.source.shape[0], self.new_rows.start + self.new_rows.count), *self.source.shape[1:])
+
+    @property
     def nbytes(self) -> int:
         """Bytes written."""
-        return math.prod(self.source.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
     def copied(self) -> bool:
@@ -158,23 +185,34 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run needs. `quantised` is the recipe's own base where `checkpoint` is its original, else the same."""
+    """All that a run needs. `quantised` is the recipe's own base where `checkpoint` is its original, else the same.
+
+    An exporter that needs another checkpoint than the merged one derives a plan with other shards, with `files` that
+    take the place of the base's or stand beside them, with `config_fields`, and with `facts` and `warnings` for
+    composition.json.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
     terms: tuple[Term, ...]
     shards: tuple[ShardPlan, ...]
     quantised: Checkpoint
+    additions: tuple[PlannedAddition, ...] = ()
     untied: Ends | None = None
     layers: tuple[int, ...] | None = None  # the base's layer that each of the output's is, where some are used again
     vocabulary: Vocabulary | None = None  # where it is not the base's
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    config_fields: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def config_changes(self) -> dict[str, Any]:
         """Fields of config.json that the output needs otherwise than the base, besides its number format."""
         changes: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
         changes |= {"num_hidden_layers": len(self.layers)} if self.layers else {}
-        return changes | ({"vocab_size": self.vocabulary.size} if self.vocabulary else {})
+        changes |= {"vocab_size": self.vocabulary.size} if self.vocabulary else {}
+        return {**changes, **self.config_fields}
 
     @property
     def nbytes(self) -> int:
@@ -221,25 +259,40 @@ def make_plan(
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError (one end of a tied
     pair changes, and the recipe does not untie), UnsupportedQuantisationError (the base's weights cannot be decoded),
-    UnsupportedAdapterError (weighted replacement), IncompatibleError (two replacements of one tensor) or RecipeError
-    (unknown method or parameter, too many adapters for it, a module pattern that fits nothing).
+    UnsupportedAdapterError (weighted replacement), IncompatibleError (two replacements of one tensor, two prefixes, a
+    base with additions beside its weights) or RecipeError (unknown method or parameter, too many adapters for it, a
+    module pattern that fits nothing, a task that the adapter lacks, weights changed after an addition).
     """
     find_scheme(checkpoint.config)
+    check_whole(checkpoint)
     layers = _layers([term for term in terms if _counts(term)])
     base, checkpoint = checkpoint, replicate(checkpoint, layers) if layers else checkpoint
     method = find_method(recipe.method)
     method.resolve(recipe.parameters)
-    _check_terms(method, [term for term in terms if _counts(term)])
+    terms = [replace(term, adapter=term.adapter.for_task(term.label, term.task)) for term in terms]
+    counted = [term for term in terms if _counts(term)]
+    _check_terms(method, [term for term in counted if not term.adapter.adds])
+    check_stack(
+        [term.label for term in counted],
+        [[addition.family for addition in term.adapter.additions()] for term in counted],
+    )
+    additions: list[PlannedAddition] = []
     changes: dict[str, list[WeightedDelta]] = {}
     ends = tied_ends(checkpoint)
     for index, term in enumerate(terms):
         own = layer_map(term.adapter.config)
         view = checkpoint if own == layers else replicate(base, own) if own else base
         resolved = resolve(term, view, ends, untie=recipe.untie)
+        if term.adapter.adds:
+            check_weight(term.label, term.weight, term.modules)
+            names = term.adapter.bind(places(view)).names
+            bound = [each.bound(names) for each in term.adapter.additions()]
+            additions += [PlannedAddition(each, index) for each in bound if _counts(term)]
         _check_patterns(term, [delta.target for delta in resolved])
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
                 changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
+    stack_sites([item.addition for item in additions if isinstance(item.addition, Bottlenecks)])
     labels = [term.label for term in terms]
     untied, changes = untie(ends, changes, labels)
     sources = _sources(checkpoint, untied)
@@ -253,10 +306,16 @@ def make_plan(
         if untied and untied.embedding in names and untied.head not in checkpoint.tensors:
             names.insert(names.index(untied.embedding) + 1, untied.head)
         jobs = tuple(_job(name, sources[name], tuple(changes.get(name, ())), recipe, method) for name in names)
-        layout = [(job.name, job.dtype, job.source.shape) for job in jobs]
         if jobs or len(checkpoint.shards) == 1:
-            shards.append(ShardPlan(shard.name, encode_header(layout, {"format": "pt"}), jobs))
-    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), quantised or base, untied, layers, vocabulary)
+            shards.append(ShardPlan(shard.name, encode_shard(jobs), jobs))
+    quantised = quantised or base
+    added = tuple(additions)
+    return Plan(recipe, checkpoint, tuple(terms), tuple(shards), quantised, added, untied, layers, vocabulary)
+
+
+def encode_shard(jobs: Sequence[TensorJob]) -> bytes:
+    """The header of a file that holds these tensors in order."""
+    return encode_header([(job.name, job.dtype, job.shape) for job in jobs], {"format": "pt"})
 
 
 def _job(

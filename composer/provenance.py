@@ -33,9 +33,12 @@ def composition_record(
     inputs: dict[str, Any],
     exported: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record as JSON-ready fields. `inputs` has `base` and a list `adapters`, one entry a term."""
+    """The record as JSON-ready fields.
+
+    inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `warnings` and `advice`.
+    """
     adapters = []
-    warnings: list[str] = list(inputs.get("warnings", ()))
+    warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
     known = inputs.get("adapters") or [{} for _ in plan.terms]
     replacing = {item.term for job in plan.jobs for item in job.deltas if item.delta.replaces}
     measured = zip(plan.terms, survival.shares(), survival.norms(), known, strict=True)
@@ -43,7 +46,7 @@ def composition_record(
         adapters.append(
             {"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"), "survival": share}
         )
-        if term.weight and norm == 0 and index not in replacing:
+        if term.weight and norm == 0 and index not in replacing and not term.adapter.adds:
             warnings.append(f"{term.label} changes nothing: its delta is zero")
         elif share is not None and share < LOW_SURVIVAL:
             remedy = "rounding: compose with --dtype fp16 or fp32" if plan.recipe.rank is None else "at this --rank"
@@ -57,14 +60,29 @@ def composition_record(
         "recipe_text": str(plan.recipe),
         "base": inputs.get("base", {}),
         "adapters": adapters,
+        **({"additions": _additions(plan)} if plan.additions else {}),
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
         **({"config": plan.config_changes} if plan.config_changes else {}),
         "warnings": warnings,
+        **({"advice": inputs["advice"]} if inputs.get("advice") else {}),
         "export": exported,
         "outputs": dict(sorted(files.items())),
         "output_digest": manifest_digest(files),
     }
     return json.loads(json.dumps(record))
+
+
+def _additions(plan: Plan) -> list[dict[str, Any]]:
+    """What is added to the model, in order."""
+    return [
+        {
+            "ref": plan.terms[item.term].label,
+            "kind": plan.terms[item.term].adapter.signature.kind,
+            "family": item.addition.family,
+            "adds": item.addition.summary,
+        }
+        for item in plan.additions
+    ]
 
 
 def _version(name: str) -> str:

@@ -1,8 +1,9 @@
 """What the user asked for, before anything is looked up.
 
-smollm2+team/shout@1.0.0:0.7+./my-adapter
-|       |          |     |   |
-base    adapter    |     |   a folder is as good as a name
+smollm2+team/shout@1.0.0:0.7+./my-adapter+team/multitask#2
+|       |          |     |   |                           |
+base    adapter    |     |   a folder is as good as      task, of an adapter that was trained on several
+                   |     |   a name
                    |     weight (default 1)
                    version, alias or sha256:… (default latest)
 
@@ -49,8 +50,10 @@ __all__ = [
 
 Value: TypeAlias = int | float | str
 
-TERM = re.compile(r"(?P<ref>[^@]+?)(?:@(?P<version>sha256:[0-9a-f]{6,64}|[^@:]+))?(?::(?P<weight>[^:/]*))?")
-SYNTAX = "BASE+ADAPTER[@VERSION][:WEIGHT][+ADAPTER…], for example smollm2+team/shout@1.0.0:0.7+team/json"
+TERM = re.compile(
+    r"(?P<ref>[^@]+?)(?:@(?P<version>sha256:[0-9a-f]{6,64}|[^@:#]+))?(?:#(?P<task>\d{1,6}))?(?::(?P<weight>[^:/]*))?"
+)
+SYNTAX = "BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…], for example smollm2+team/shout@1.0.0:0.7+team/json"
 
 
 class Dtype(StrEnum):
@@ -67,6 +70,7 @@ class Export(StrEnum):
 
     SAFETENSORS = "safetensors"
     ONNX = "onnx"
+    BUNDLE = "bundle"
     PEFT = "peft"
 
 
@@ -101,14 +105,15 @@ class ModuleWeight(_Model):
 
 
 class AdapterTerm(_Model):
-    """One adapter of a recipe: a name or a folder, a version, a weight, and weights of single modules.
+    """One adapter of a recipe: a name or a folder, a version, a task, a weight, and weights of single modules.
 
-    `modules` may be given as a mapping of globs to weights; the first that fits a tensor's name takes the place of
-    `weight` there.
+    `task` is for an adapter that was trained on several. `modules` may be given as a mapping of globs to weights; the
+    first that fits a tensor's name takes the place of `weight` there.
     """
 
     ref: str = Field(min_length=1)
     version: str | None = None
+    task: int | None = Field(default=None, ge=0)
     weight: float = 1.0
     modules: tuple[ModuleWeight, ...] = ()
 
@@ -130,7 +135,8 @@ class AdapterTerm(_Model):
     def __str__(self) -> str:
         version = f"@{self.version}" if self.version else ""
         weight = f":{self.weight:g}" if self.weight != 1.0 else ""
-        return f"{self.ref}{version}{weight}"
+        task = "" if self.task is None else f"#{self.task}"
+        return f"{self.ref}{version}{task}{weight}"
 
 
 class Recipe(_Model):
@@ -207,7 +213,7 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         f"cannot read the recipe in {path}: {found}",
         expected=sorted(Recipe.model_fields),
         found=found,
-        remedy="write base, adapters (each with ref, weight, modules), method, parameters, dtype, export, untie",
+        remedy="write base, adapters (each with ref, task, weight, modules), method, parameters, dtype, export, untie",
     )
 
 
@@ -224,15 +230,15 @@ def _file_term(term: Any) -> Any:
 def split_reference(text: str) -> tuple[str, str | None]:
     """``team/shout@1.0.0`` to ("team/shout", "1.0.0"); a path has no version. Raises RecipeError."""
     term = _term(text, text)
-    if ":" in text.removeprefix(term.ref).removeprefix(f"@{term.version}"):
-        raise RecipeError(f"{text!r} has a weight where none belongs", expected="NAME[@VERSION]", found=text)
+    if term.task is not None or ":" in text.removeprefix(term.ref).removeprefix(f"@{term.version}"):
+        raise RecipeError(f"{text!r} has a task or a weight where none belongs", expected="NAME[@VERSION]", found=text)
     return term.ref, term.version
 
 
 def _term(text: str, term: str) -> AdapterTerm:
     match = TERM.fullmatch(term)
     if match is None or term != term.strip():
-        raise _bad(text, "ADAPTER[@VERSION][:WEIGHT] after each '+'", term)
+        raise _bad(text, "ADAPTER[@VERSION][#TASK][:WEIGHT] after each '+'", term)
     weight = 1.0
     if match["weight"] is not None:
         try:
@@ -243,7 +249,8 @@ def _term(text: str, term: str) -> AdapterTerm:
             raise _bad(text, "a finite weight", match["weight"])
     if is_path(match["ref"]) and match["version"]:
         raise _bad(text, "a folder without '@VERSION'", term)
-    return AdapterTerm(ref=match["ref"], version=match["version"], weight=weight)
+    task = None if match["task"] is None else int(match["task"])
+    return AdapterTerm(ref=match["ref"], version=match["version"], task=task, weight=weight)
 
 
 def _bad(text: str, expected: str, found: str) -> RecipeError:

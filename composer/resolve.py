@@ -73,7 +73,8 @@ def resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, *, untie: boo
         for delta in term.adapter.deltas(binding.names, tensors)
         for placed in _on_stored(term.label, delta, shapes[delta.target], stacks.get(delta.target), checkpoint)
     ]
-    consumed = {source.name for delta in deltas for source in delta.sources}
+    additions = term.adapter.additions()
+    consumed = {source.name for part in (*deltas, *additions) for source in part.sources}
     wrong = sorted(set(term.adapter.header.tensors) ^ consumed)
     targets = [delta.target for delta in deltas]
     if wrong or len(set(targets)) != len(targets):
@@ -85,6 +86,8 @@ def resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, *, untie: boo
             remedy="the adapter's file and its config do not belong together: save it again",
             keys=wrong,
         )
+    for addition in additions:
+        addition.check(term.label, checkpoint)
     for delta in deltas:
         _check_layout(term.label, delta, shapes[delta.target], checkpoint)
         if isinstance(delta, TokenRows) or (isinstance(delta, Replace) and not is_end(delta.target)):

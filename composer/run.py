@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,8 @@ import numpy as np
 
 from composer.checkpoint import INDEX
 from composer.companions import companion_files
-from composer.exporters import check_export, find_exporter, find_plan_exporter
+from composer.exporters import find_exporter, find_plan_exporter, prepare_export
+from composer.growth import grown_parts
 from composer.kernels import (
     LoadedTerm,
     Survival,
@@ -36,6 +37,7 @@ from composer.kernels import (
 )
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, LANES, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
+from composer.probe import check_probe, probe
 from composer.provenance import composition_record
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, TensorSpec
@@ -67,17 +69,21 @@ def compose(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     replace: bool = False,
+    text: str | None = None,
 ) -> Outcome:
     """Run `plan` and publish the artefact at `out`, whole or not at all.
 
     inputs: what the caller knows of the base and of each adapter (digests, verdicts); goes into composition.json.
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
+    text: what perplexity is measured on before and after, for the record (composer.probe).
     Raises every TypedError of the steps; `out` is untouched then.
     """
     from composer.requantise import requantise  # built on this module
 
     report = progress or (lambda step, done, total: None)
-    check_export(plan)
+    plan = prepare_export(plan)
+    if text is not None:
+        check_probe(plan)
     in_place = find_plan_exporter(plan.recipe.export)
     seconds: dict[str, float] = {}
     with FolderSink(out, replace=replace) as sink:
@@ -89,11 +95,15 @@ def compose(
             survival = requantise(plan, sink, report) if plan.recipe.requantise else run(plan, sink, report)
             seconds["merge"] = time.perf_counter() - started
             exporter = find_exporter(plan.recipe.export)
-            exported, export_seconds = exporter.export(sink, cache_dir, lambda step: report(step, 0, 0))
+            exported, export_seconds = exporter.export(plan, sink, cache_dir, lambda step: report(step, 0, 0))
             if plan.recipe.requantise and plan.quantised.scheme:
                 exported["quantisation"] = plan.quantised.scheme.name
             seconds.update(export_seconds)
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
+        if text is not None:
+            started = time.perf_counter()
+            record["probe"] = probe(plan, sink.folder, text, lambda step: report(step, 0, 0))
+            seconds["probe"] = time.perf_counter() - started
         sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         sink.commit()
     return Outcome(out, record, seconds)
@@ -230,8 +240,14 @@ def _tasks(shard: ShardPlan, plan: Plan, writer: HashingWriter) -> Iterator[Call
         return partial(_fill, plan, writer.reserve(sum(piece.size for piece in filled)), filled)
 
     for job in shard.jobs:
-        terms = None if job.copied or job.streamed else [_load(item) for item in job.deltas]
+        terms = None if (job.copied and not job.new_rows) or job.streamed else [_load(item) for item in job.deltas]
         begin, offset = offset, offset + job.nbytes
+        if job.new_rows is not None:
+            if pieces:
+                yield room()
+            for size, part in grown_parts(job, job.new_rows, partial(_rows, replace(job, new_rows=None), plan, terms)):
+                yield partial(_computed, part, writer.hold(size))
+            continue
         if job.copied or (terms and _in_place(job, terms, plan, begin)):
             done, end = 0, job.nbytes if job.copied else job.matrix[0]
             while done < end and job.nbytes:
@@ -251,6 +267,20 @@ def _tasks(shard: ShardPlan, plan: Plan, writer: HashingWriter) -> Iterator[Call
                 yield partial(merge, start, stop, held)
     if pieces:
         yield room()
+
+
+def _rows(
+    job: TensorJob, plan: Plan, terms: list[LoadedTerm] | None, start: int, stop: int
+) -> tuple[memoryview, Survival | None]:
+    """Rows of a tensor as they are written, in memory of their own."""
+    done = _merge_streamed(job, plan, start, stop, 0) if terms is None else _merge(job, plan, terms, start, stop, 0)
+    assert isinstance(done[0], Computed)
+    return done[0].data, done[1]
+
+
+def _computed(part: Callable[[], tuple[memoryview, Survival | None]], offset: int) -> Done:
+    data, measured = part()
+    return Computed(offset, data), measured
 
 
 def _load(item: WeightedDelta) -> LoadedTerm:

@@ -1,7 +1,8 @@
 """The main job on a real model, through the command line that a user has. Run by `make demo`.
 
-    build SmolLM2-135M-Instruct -> register it -> publish two trained adapters -> which fit? ->
-    compose one, compose two with weights -> safetensors and ONNX -> ask all of them -> refuse a wrong base
+    build SmolLM2-135M-Instruct -> register it -> publish three trained adapters -> which fit? ->
+    compose one, compose two with weights -> safetensors and ONNX -> ask all of them ->
+    a soft prompt, which is no weight, the same way -> refuse a wrong base
 
 Everything is kept in .demo/: a second run finds it there. Every `$` line is a command that you can run yourself
 with REGISTRY_HOME=.demo/home.
@@ -26,6 +27,7 @@ BASE = DEMO / "smollm2"
 WRONG = DEMO / "smollm2-changed"
 ONE = "smollm2+team/shout"
 TWO = "smollm2+team/shout:0.9+team/json:0.9"
+PROMPT = "smollm2+team/pirate"
 QUESTIONS = ("What is the opposite of hot?", "What is 2 plus 2?")
 ANSWER_TOKENS = 24
 TIMES: list[tuple[str, float]] = []
@@ -154,10 +156,11 @@ def main() -> None:
     with timed("register the base"):
         registry("base", "add", BASE, "--name", "smollm2")
 
-    heading("Two trained adapters, published")
-    with timed("publish two adapters"):
+    heading("Three trained adapters, published")
+    with timed("publish three adapters"):
         registry("publish", "examples/adapters/shout", "--name", "team/shout", "--version", "1.0.0")
         registry("publish", "examples/adapters/json", "--name", "team/json", "--version", "1.0.0")
+        registry("publish", "examples/adapters/pirate", "--name", "team/pirate", "--version", "1.0.0")
 
     heading("Which adapters fit this base?")
     with timed("ask what is compatible"):
@@ -179,6 +182,17 @@ def main() -> None:
         }
         compare({name: answer(name, *model) for name, model in models.items()})
 
+    heading("A soft prompt: 16 words of the vocabulary, or inside the graph; no weight of the base changes")
+    registry("plan", PROMPT)
+    words, inside = compose(PROMPT, "safetensors"), compose(PROMPT, "onnx")
+    with timed("answer with the soft prompt"):
+        models = {
+            "base": (BASE, torch_answers),
+            "+pirate": (words, torch_answers),
+            "+pirate, ONNX": (inside, onnx_answers),
+        }
+        compare({name: answer(name, *model) for name, model in models.items()})
+
     heading("A wrong base: the same shapes, other weights")
     with timed("refuse a wrong base"):
         make_wrong_base()
@@ -187,7 +201,7 @@ def main() -> None:
         registry("compose", "smollm2-changed+team/shout", "-o", DEMO / "out" / "wrong", expect=4)
 
     heading("What was made")
-    for out in (one, two, one_onnx, two_onnx):
+    for out in (one, two, one_onnx, two_onnx, words, inside):
         record = json.loads((out / "composition.json").read_text())
         size = sum(entry["size"] for entry in record["outputs"].values()) >> 20
         print(f"  {out}  {size} MiB  {record['output_digest']}")

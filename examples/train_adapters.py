@@ -471,8 +471,9 @@ def publish(model: PeftModel, dtype: torch.dtype, card: str, place: Path) -> Non
         model.peft_config["default"].save_pretrained(new)
         config = json.loads((new / "adapter_config.json").read_text())
         # PEFT records the folder that the base was loaded from, and the modules in the order of a set.
-        config["base_model_name_or_path"] = BASE_NAME
-        config["target_modules"].sort()
+        for name in ("base_model_name_or_path", "tokenizer_name_or_path"):
+            config |= {name: BASE_NAME} if name in config else {}
+        config.get("target_modules", []).sort()
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (new / "README.md").write_text(card)
         if place.exists():

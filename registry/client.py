@@ -323,9 +323,15 @@ class RemoteRegistry:
         *,
         replace: bool = False,
         accept_licences: bool = False,
+        probe: str | None = None,
         progress: Progress | None = None,
     ) -> CompositionInfo:
-        """Run a job on the service and download what it made. An interrupt cancels the job."""
+        """Run a job on the service and download what it made. An interrupt cancels the job.
+
+        Raises UsageError for a text to probe: jobs compose from recipes alone.
+        """
+        if probe is not None:
+            raise self._only_here("a text is probed")
         out = out.expanduser().resolve()
         earlier: dict[str, Any] | None = None
         if not replace and (out / RECORD).is_file():

@@ -227,9 +227,13 @@ class Registry(Protocol):
         *,
         replace: bool = False,
         accept_licences: bool = False,
+        probe: str | None = None,
         progress: Progress | None = None,
     ) -> CompositionInfo:
-        """Compose into the new folder `out`. `accept_licences`: even where they conflict."""
+        """Compose into the new folder `out`. `accept_licences`: even where they conflict.
+
+        probe: a text, whose perplexity before and after goes into the record.
+        """
         ...
 
     def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:

@@ -15,6 +15,7 @@ from composer.recipe import Recipe
 from registry.access import Role, Scope
 
 __all__ = [
+    "Advice",
     "AuditEntry",
     "BaseCheck",
     "BaseFit",
@@ -164,6 +165,18 @@ class LineageInfo(Schema):
     suggestions: tuple[LineageEdge, ...] = Field(description="bases with the same weights in part, and no line")
 
 
+class Advice(Schema):
+    """What the literature says against an adapter or a composition (registry.preflight); it refuses nothing."""
+
+    code: str = Field(description="stable: programs may match it")
+    adapter: str = Field(description="the adapter, or adapters, that it is about")
+    message: str
+    source: str = Field(description="the URL of the paper")
+
+    def __str__(self) -> str:
+        return f"{self.adapter}: {self.message} [{self.code}, {self.source}]"
+
+
 class FileInfo(Schema):
     """One file of a version, a base or a composition."""
 
@@ -240,6 +253,7 @@ class PublishResult(Schema):
     version: VersionInfo
     created: bool
     warnings: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
 
 
 class CompatibleAdapter(Schema):
@@ -278,6 +292,8 @@ class PlanInfo(Schema):
     accepted: bool
     licences: LicenceVerdict
     warnings: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = Field(default=(), description="what the literature says against it")
+    additions: tuple[str, ...] = Field(default=(), description="what adapters add to the model, in order")
     touched: int
     total: int
     nbytes: int
@@ -295,6 +311,7 @@ class CompositionInfo(Schema):
     nbytes: int
     cached: bool = Field(description="whether the same recipe over the same inputs was there already")
     warnings: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
 

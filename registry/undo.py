@@ -18,7 +18,7 @@ from composer.adapters import open_adapter
 from composer.errors import CorruptFileError, IntegrityError, NotFoundError
 from composer.files import read_json, sha256_file
 from composer.provenance import manifest_digest
-from composer.recipe import AdapterTerm, Recipe, is_path
+from composer.recipe import AdapterTerm, Export, Recipe, is_path
 from registry.claims import fingerprint_folder
 from registry.interface import Progress, Registry
 from registry.schemas import CompositionInfo
@@ -84,12 +84,15 @@ def recipe_without(record: dict[str, Any], adapters: Sequence[str]) -> Recipe:
             found=unknown,
             remedy="name one of its adapters",
         )
-    left = [
-        _pinned(term, digest) for term, (label, digest) in pairs if adapters and not {term.ref, label} & set(adapters)
-    ]
-    if not left:
+    kept = [(term, entry) for term, entry in pairs if adapters and not {term.ref, entry[0]} & set(adapters)]
+    if not kept:
         return Recipe(base=original or fingerprint, requantise=recipe.requantise and original is None)
-    return recipe.model_copy(update={"base": fingerprint, "original": original, "adapters": tuple(left)})
+    left = [_pinned(term, digest) for term, (_, digest) in kept]
+    changes: dict[str, Any] = {"base": fingerprint, "original": original, "adapters": tuple(left)}
+    beside = {item.get("ref") for item in record.get("additions", ())}
+    if recipe.export is Export.BUNDLE and not beside & {label for _, (label, _) in kept}:
+        changes["export"] = Export.SAFETENSORS  # nothing is left to put beside the weights
+    return recipe.model_copy(update=changes)
 
 
 def _pinned(term: AdapterTerm, digest: str) -> AdapterTerm:

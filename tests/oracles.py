@@ -24,13 +24,19 @@ BY_CASE = (
     "road", "shira", "supertuning", "tinylora", "trainable-tokens", "unilora", "vblora", "vera", "waveft",
 )  # fmt: skip
 METHODS = (
-    "breadcrumbs", "cat", "core_space", "dare_linear", "dare_ties", "della", "iso_c", "knots", "linear", "linear@peft",
-    "magnitude_prune", "magnitude_prune@peft", "model_stock", "slerp", "svd", "task_arithmetic", "ties", "ties@peft",
-    "tsv",
+    "breadcrumbs", "breadcrumbs@mergekit", "breadcrumbs_ties@mergekit", "cat", "core_space", "dare_linear",
+    "dare_linear@mergekit", "dare_linear@peft", "dare_linear_svd@peft", "dare_ties", "dare_ties@mergekit",
+    "dare_ties@peft", "dare_ties_svd@peft", "della", "della@mergekit", "della_linear@mergekit", "iso_c", "knots",
+    "linear", "linear@peft", "magnitude_prune", "magnitude_prune@peft", "magnitude_prune_svd@peft", "model_stock",
+    "model_stock@mergekit", "sce", "sce@mergekit", "slerp", "slerp@mergekit", "svd", "task_arithmetic", "ties",
+    "ties@mergekit", "ties@peft", "ties_svd@peft", "tsv",
 )  # fmt: skip
+PROMPTS = ("cpt", "multitask-prompt-tuning", "p-tuning", "prefix-tuning", "prompt-tuning")
 ORACLES: Mapping[str, Mapping[str, str]] = {
     "kinds": {
         **dict.fromkeys(BY_CASE, PEFT_FORWARD),
+        **dict.fromkeys(PROMPTS, "tests/composer/adapters/test_prompts.py::test_a_bundle_runs_as_peft_does"),
+        "bottleneck": "tests/composer/adapters/test_bottlenecks.py::test_hooks_compute_what_the_library_does",
         "lora": LIVE_FORWARD,
         "checkpoint-delta": "tests/composer/test_checkpoint_delta.py::test_weight_1_gives_the_fine_tunes_own_bits",
         "unmergeable": REFUSED,

@@ -13,7 +13,7 @@ import numpy as np
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.plan import Plan, Term, make_plan
-from composer.recipe import AdapterTerm, Dtype, Recipe
+from composer.recipe import AdapterTerm, Dtype, Export, Recipe
 from composer.run import Outcome, compose
 from composer.tensors import DTYPES, encode_header, read_header
 
@@ -79,15 +79,18 @@ def plan_folders(
     *,
     dtype: Dtype = Dtype.KEEP,
     method: str = "linear",
+    export: Export = Export.SAFETENSORS,
+    task: int | None = None,
     untie: bool = False,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
-    terms = [Term(path.name, open_adapter(path), weight) for path, weight in adapters]
+    terms = [Term(path.name, open_adapter(path), weight, task=task) for path, weight in adapters]
     recipe = Recipe(
         base=base.name,
         adapters=tuple(AdapterTerm(ref=term.label, weight=term.weight) for term in terms),
         dtype=dtype,
         method=method,
+        export=export,
         untie=untie,
     )
     return make_plan(recipe, open_checkpoint(base), terms)

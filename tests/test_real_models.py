@@ -58,7 +58,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalRegistry:
     """A registry that holds the example adapters, published before their base arrived, and then the base."""
     registry = open_registry(tmp_path_factory.mktemp("home"))
-    for name in ("shout", "json"):
+    for name in ("shout", "json", "pirate"):
         published = registry.publish(EXAMPLES / "adapters" / name, name=f"team/{name}", version="1.0.0")
         assert published.version.base_status is BaseStatus.PENDING
     registry.add_base(smollm2, name="smollm2")
@@ -95,6 +95,7 @@ def test_the_example_adapters_are_verified_by_their_own_fingerprint(opened: Loca
     found = opened.compatible("smollm2").items
     assert [(item.adapter.name, item.verdict.level) for item in found] == [
         ("team/json", Level.EXACT),
+        ("team/pirate", Level.EXACT),
         ("team/shout", Level.EXACT),
     ]
     assert all(item.adapter.base_status is BaseStatus.VERIFIED for item in found)
@@ -149,6 +150,88 @@ def test_live_merged_and_onnx_agree_on_ten_prompts(opened: LocalRegistry, smollm
         tokens = generate(session, ids.numpy(), np.ones((1, count), np.int64), NEW_TOKENS, [2])
         assert list(tokens[0]) == expected_tokens
     assert composed.record["export"]["max_abs_diff"] <= composed.record["export"]["tolerance"]
+
+
+def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
+    opened: LocalRegistry, smollm2: Path, tmp_path: Path
+) -> None:
+    """Logits and 32 greedy tokens on three prompts. PEFT live against the plain checkpoint: fp32 logits to 1e-4; against
+    ONNX Runtime, whose sums have another order: to 1e-5 of the largest logit; the tokens are equal.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from composer.exporters.onnx.session import forward, generate, open_session
+
+    for export in (Export.SAFETENSORS, Export.ONNX):
+        opened.compose(parse_recipe("smollm2+team/pirate", dtype=Dtype.FP32, export=export), tmp_path / export)
+    live = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), EXAMPLES / "adapters" / "pirate"
+    ).eval()
+    words = AutoModelForCausalLM.from_pretrained(tmp_path / "safetensors", dtype=torch.float32)
+    session = open_session(tmp_path / "onnx" / "model.onnx")
+    prompts = prompt_ids(AutoTokenizer.from_pretrained(smollm2))[:3]
+    with_words = prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "safetensors"))[:3]
+    with torch.inference_mode():
+        for ids, given in zip(prompts, with_words, strict=True):
+            assert given[0, 16:].tolist() == ids[0].tolist()
+            mask = np.ones((1, ids.shape[1]), np.int64)
+            expected = live(input_ids=ids, attention_mask=torch.from_numpy(mask)).logits[0, 16:]
+            plain = words(input_ids=given).logits[0, 16:]
+            assert float((plain[:, : expected.shape[1]] - expected).abs().max()) <= 1e-4
+            assert bool((plain.argmax(-1) < expected.shape[1]).all())
+            difference = np.abs(forward(session, ids.numpy(), mask)[0][0] - expected.numpy()).max()
+            assert float(difference) <= 1e-5 * float(expected.abs().max())
+            wanted = live.generate(
+                input_ids=ids, attention_mask=torch.from_numpy(mask), max_new_tokens=32, do_sample=False
+            )
+            tokens = wanted[0, ids.shape[1] :]
+            found = words.generate(
+                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=32, do_sample=False
+            )
+            assert found[0, given.shape[1] :].tolist() == tokens.tolist()
+            assert generate(session, ids.numpy(), mask, 32, [2])[0].tolist() == tokens.tolist()
+
+
+def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
+    opened: LocalRegistry, smollm2: Path, tmp_path: Path
+) -> None:
+    """20 tokens of SmolLM2 are 230,400 numbers, not the 691,200 of its hidden size.
+
+    The prefix is what the cache holds of a text of 20 tokens, so two oracles agree: PEFT live with the prefix, and the
+    base itself on the text and the prompt; in logits to 1e-5 of the largest, and in 32 greedy tokens.
+    """
+    import torch
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from composer.exporters.onnx.session import forward, generate, open_session
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    text = tokenizer(" ".join(PROMPTS), return_tensors="pt").input_ids[:, :20]
+    ids = prompt_ids(tokenizer)[0]
+    with torch.inference_mode():
+        whole = base(input_ids=torch.cat([text, ids], dim=1)).logits[0, 20:].numpy()
+        layers = base(input_ids=text, use_cache=True).past_key_values.layers
+        pairs = [part[0].transpose(0, 1).flatten(1) for layer in layers for part in (layer.keys, layer.values)]
+    live = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)).eval()
+    live.prompt_encoder["default"].embedding.weight.data = torch.cat(pairs, dim=1).clone()
+    live.save_pretrained(tmp_path / "prefix")
+    published = opened.publish(tmp_path / "prefix", name="test/prefix", version="1.0.0", base="smollm2")
+    assert published.version.parameters == 230_400
+    opened.compose(parse_recipe("smollm2+test/prefix", dtype=Dtype.FP32, export=Export.ONNX), tmp_path / "out")
+    session = open_session(tmp_path / "out" / "model.onnx")
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        expected = live(input_ids=ids, attention_mask=mask).logits[0].numpy()
+        wanted = live.generate(input_ids=ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
+    found = forward(session, ids.numpy(), mask.numpy())[0][0]
+    for oracle in (expected, whole):
+        assert float(np.abs(found - oracle).max()) <= 1e-5 * float(np.abs(oracle).max())
+    tokens = generate(session, ids.numpy(), mask.numpy(), 32, [2])[0]
+    assert tokens.tolist() == wanted[0, ids.shape[1] :].tolist()
 
 
 def test_two_real_adapters_are_the_float64_sum_rounded_once(

@@ -4,6 +4,7 @@
         .signature        what it touches: modules and sizes, known without any base
         .bind(shapes)     the same against one base: base tensor names, or the list of what does not fit
         .deltas(binding)  changes to base tensors
+        .additions()      what it adds to the model besides
 
 A kind registers itself with ``@adapter_kind``; siblings are imported in sorted order and a duplicate is an error.
 """
@@ -13,18 +14,26 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from composer.additions import Addition
 from composer.conditions import holds
 from composer.deltas import Delta
-from composer.errors import CorruptFileError, NotFoundError, UnknownAdapterTypeError, UnsupportedAdapterError
+from composer.errors import (
+    CorruptFileError,
+    NotFoundError,
+    RecipeError,
+    UnknownAdapterTypeError,
+    UnsupportedAdapterError,
+)
 from composer.files import FileSet, folder_files, read_json, refuse_pickles
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
 from composer.quantised import QuantisedTensor
 from composer.renames import FAMILIES, module_names
+from composer.sizes import SIZE_MARK, model_sizes
 from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 
 __all__ = [
@@ -53,7 +62,8 @@ class Target:
 
     A size the adapter does not know (IA3 knows one of two) is ANY_SIZE; `conditions` (composer.conditions) say what it
     knows of such sizes. Nor does it know whether a stack of experts, a parameter that is no module's weight, is
-    [experts, out, in] or [experts, in, out]: either fits.
+    [experts, out, in] or [experts, in, out]: either fits. An adapter that names no parameter asks for a size of the
+    model (composer.sizes), such as @hidden_size.
     """
 
     parameter: str
@@ -99,6 +109,7 @@ class Signature:
     target_modules: tuple[str, ...] = ()
     optional: tuple[Target, ...] = ()
     replicas: tuple[Target, ...] = ()
+    virtual_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +125,8 @@ class Mismatch:
 
     def __str__(self) -> str:
         if self.found is None:
-            return f"{self.parameter}: the base has no such tensor"
+            missing = "does not show this size" if self.parameter.startswith(SIZE_MARK) else "has no such tensor"
+            return f"{self.parameter}: the base {missing}"
         sizes = ", ".join("any" if size == ANY_SIZE else str(size) for size in self.expected if isinstance(size, int))
         conditions = "".join(f" with {text}" for text in self.expected if isinstance(text, str))
         return f"{self.parameter}: the adapter expects [{sizes}]{conditions}, the base has {list(self.found)}"
@@ -147,6 +159,8 @@ class AdapterKind(Protocol):
     #   switches = ("kasa_config",)    config fields: it reads only the adapters of its types that set one of these
     #   deltas_on(config, header, names, base)   in place of `deltas` where these depend on the base beyond its names;
     #                                  base: adapter parameter -> the base's tensor, of which only the header is known
+    # One that adds to the model has `additions(config, header)`, a list of composer.additions.Addition. One that was
+    # trained on several tasks has `tasks(config)`, their number, and `additions` takes the task as well.
 
     def check(self, config: dict[str, Any], header: SafetensorsHeader) -> None:
         """Raise UnsupportedAdapterError or CorruptFileError for what this kind cannot compose."""
@@ -176,6 +190,7 @@ class Adapter:
     signature: Signature
     format: str = "PEFT"
     stored: tuple[str, ...] = (CONFIG, WEIGHTS)
+    task: int | None = None
 
     @property
     def base_name(self) -> str | None:
@@ -194,6 +209,34 @@ class Adapter:
             return self.kind.deltas(self.config, self.header, names)
         bound = {parameter: base[name] for parameter, name in names.items() if name in base}
         return deltas_on(self.config, self.header, names, bound)
+
+    @property
+    def adds(self) -> bool:
+        """Whether it is of a kind that adds to the model."""
+        return hasattr(self.kind, "additions")
+
+    def additions(self) -> list[Addition]:
+        """What it adds to the model; nothing for most kinds."""
+        chosen = () if self.task is None else (self.task,)
+        return self.kind.additions(self.config, self.header, *chosen) if self.adds else []
+
+    def for_task(self, label: str, task: int | None) -> Adapter:
+        """The adapter as it acts for one of its tasks.
+
+        Raises RecipeError for a task that it does not have, or where it has several and none is named.
+        """
+        count = self.kind.tasks(self.config) if hasattr(self.kind, "tasks") else 0
+        if task is None and count <= 1:
+            return self
+        if task is None or task >= count:
+            named = f"has no task {task}" if task is not None else "was trained on several tasks, and none is named"
+            raise RecipeError(
+                f"{label} {named}",
+                expected=f"a task of 0 to {count - 1}" if count else "no task",
+                found=task,
+                remedy=f"write the task after '#', such as {label}#0" if count else "leave the task out",
+            )
+        return replace(self, task=task)
 
 
 K = TypeVar("K", bound=AdapterKind)
@@ -288,7 +331,22 @@ def _find_kind(config: dict[str, Any]) -> AdapterKind:
 
 
 def bind_targets(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-    """Match adapter parameter names to base tensor names: exactly, through one missing or extra prefix, or renamed.
+    """Match adapter parameter names to base tensor names, and sizes of the model to what its shapes show."""
+    parameters = tuple(target for target in targets if not target.parameter.startswith(SIZE_MARK))
+    binding = _bind_parameters(parameters, shapes)
+    if len(parameters) == len(targets):
+        return binding
+    sizes = model_sizes(shapes)
+    mismatches = tuple(
+        Mismatch(target.parameter, target.shape, sizes.get(target.parameter))
+        for target in targets
+        if target.parameter.startswith(SIZE_MARK) and not target.fits(sizes.get(target.parameter))
+    )
+    return Binding(binding.names, (*mismatches, *binding.mismatches))
+
+
+def _bind_parameters(targets: tuple[Target, ...], shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Match names exactly, through one missing or extra prefix, or renamed.
 
     A trainer saves ``model.layers.0…`` or ``bert.encoder…`` as its class nests modules; a checkpoint saved without
     its head lacks that prefix, one saved inside a wrapper has one more. One prefix rule must hold for all targets.

@@ -1,4 +1,4 @@
-"""Adapters that are no change of weights, or none that their files alone tell: recognised, and refused with the reason.
+"""Adapters that are neither a change of weights nor an addition, or whose files alone do not tell: refused by name.
 
 REASONS    peft_type: why no weight of the base can hold it
 UNTOLD     peft_type: what a merge needs and the file does not have, so that only the trainer can make it
@@ -16,16 +16,8 @@ from composer.tensors import SafetensorsHeader
 
 __all__ = ["REASONS", "SWITCHES", "UNTOLD", "Unmergeable", "UnmergeableLora"]
 
-_TOKENS = "it puts trained vectors before the input's embeddings, and no weight of the base holds those"
-_CACHE = "it puts trained keys and values before those of the input, in every attention layer"
 _ROUTED = "which of its parts act depends on the input, and one weight cannot"
 REASONS = {
-    "PROMPT_TUNING": _TOKENS,
-    "MULTITASK_PROMPT_TUNING": _TOKENS,
-    "P_TUNING": _TOKENS,
-    "CPT": _TOKENS,
-    "PREFIX_TUNING": _CACHE,
-    "CARTRIDGE": _CACHE,
     "ADAPTION_PROMPT": "it adds a gated attention over trained vectors to the layers",
     "XLORA": _ROUTED,
     "POLY": _ROUTED,

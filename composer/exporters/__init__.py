@@ -2,6 +2,7 @@
 
 safetensors   the checkpoint itself
 onnx          the checkpoint and a graph whose weights lie in its safetensors files
+bundle        the checkpoint, and its additions in files beside it
 peft          a LoRA in place of the checkpoint
 """
 
@@ -12,25 +13,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from composer.additions import Prefix
 from composer.checkpoint import Checkpoint
-from composer.errors import RecipeError
+from composer.errors import RecipeError, UnsupportedAdapterError
+from composer.exporters.bundle import BundleExporter
+from composer.exporters.companions import companion_files, write_companions
 from composer.exporters.peft import PeftExporter
+from composer.exporters.safetensors import SafetensorsExporter
+from composer.exporters.vocabulary import GENERATES
 from composer.kernels import Survival
 from composer.plan import Plan
 from composer.sinks import FolderSink
 
-__all__ = ["Exporter", "PlanExporter", "check_export", "find_exporter", "find_plan_exporter"]
+__all__ = ["Exporter", "PlanExporter", "find_exporter", "find_plan_exporter", "prepare_export"]
 
 
 class Exporter(Protocol):
     """Turns the checkpoint in a sink's folder into an artefact."""
 
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Raise before anything is written when this base cannot be exported."""
+    def prepare(self, plan: Plan) -> Plan:
+        """The plan of the checkpoint that this target needs; most need the one that was made.
+
+        Raises before anything is written when the base, or an addition of the plan, cannot be exported.
+        """
+        ...
+
+    def plan_files(self, plan: Plan) -> dict[str, int]:
+        """The large files that it adds to the checkpoint's, where their size is known beforehand, in bytes."""
         ...
 
     def export(
-        self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
+        self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Add files to the sink. Returns the facts for composition.json, and seconds by step."""
         ...
@@ -54,21 +67,27 @@ class PlanExporter(Protocol):
         ...
 
 
-class SafetensorsExporter:
-    """The checkpoint as it is: any engine reads it."""
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Every checkpoint will do."""
-
-    def export(
-        self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Nothing to add."""
-        return {"format": "safetensors"}, {}
-
-
 class OnnxExporter:
     """A graph beside the weights, verified in ONNX Runtime."""
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
+        self.check(plan.checkpoint)
+        architecture = plan.checkpoint.architecture
+        takes_prefix = architecture.endswith(GENERATES) or architecture.startswith(PREFIX_ENCODERS)
+        for item in plan.additions:
+            if item.addition.family == Prefix.family and not takes_prefix:
+                raise UnsupportedAdapterError(
+                    f"{plan.terms[item.term].label} cannot become part of the graph: it takes no keys and values",
+                    expected=f"a prefix of a model that generates, or of {', '.join(PREFIX_ENCODERS)}",
+                    found=architecture,
+                    remedy="use the base that it was trained on",
+                )
+        return plan
+
+    def plan_files(self, plan: Plan) -> dict[str, int]:
+        """The additions; the size of a graph is known once it is traced."""
+        return companion_files(plan)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UnsupportedArchitectureError for a model that cannot be traced."""
@@ -80,22 +99,28 @@ class OnnxExporter:
         supported(config)
 
     def export(
-        self, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
+        self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Write model.onnx and compare it with torch."""
+        """Write model.onnx, whose additions lie beside the weights, and compare it with torch."""
         from composer.exporters.onnx import export_onnx
 
+        added = {"additions": write_companions(plan, sink)} if plan.additions else {}
         result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress)
         for name in result.files:
             sink.adopt(name)
         facts = asdict(result)
         seconds = facts.pop("seconds")
         facts.pop("graph_cached")
-        return {"format": "onnx", **facts}, seconds
+        return {"format": "onnx", **facts, **added}, seconds
 
 
+PREFIX_ENCODERS = ("Bert", "Roberta", "XLMRoberta")  # transformers gives them past_key_values
 PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}
-EXPORTERS: dict[str, Exporter] = {"safetensors": SafetensorsExporter(), "onnx": OnnxExporter()}
+EXPORTERS: dict[str, Exporter] = {
+    "safetensors": SafetensorsExporter(),
+    "onnx": OnnxExporter(),
+    "bundle": BundleExporter(),
+}
 
 
 def find_exporter(name: str) -> Exporter:
@@ -108,8 +133,11 @@ def find_plan_exporter(name: str) -> PlanExporter | None:
     return PLAN_EXPORTERS.get(name)
 
 
-def check_export(plan: Plan) -> None:
-    """Raise before anything is written when this plan cannot be exported as its recipe says."""
+def prepare_export(plan: Plan) -> Plan:
+    """The plan of what is written for the export that its recipe names.
+
+    Raises before anything is written when this plan cannot be exported so.
+    """
     if plan.recipe.requantise:
         from composer.requantise import check_requantise  # built on composer.run, which is built on this package
 
@@ -124,5 +152,5 @@ def check_export(plan: Plan) -> None:
         )
     if in_place is not None:
         in_place.check_plan(plan)
-    else:
-        find_exporter(plan.recipe.export).check(plan.checkpoint)
+        return plan
+    return find_exporter(plan.recipe.export).prepare(plan)

@@ -74,6 +74,13 @@ class PeftExporter:
                 found=method.name,
                 remedy="choose one of these, or compose to safetensors and extract a LoRA from it",
             )
+        for item in plan.additions:
+            raise UnsupportedAdapterError(
+                f"{plan.terms[item.term].label} adds to the model ({item.addition.summary}): that is no LoRA",
+                expected="adapters of low-rank deltas",
+                found=plan.terms[item.term].adapter.signature.kind,
+                remedy="leave it out, or export bundle, onnx or safetensors",
+            )
         jobs = [job for job in plan.jobs if job.deltas]
         if not any(not job.deltas[0].delta.replaces for job in jobs):
             raise RecipeError(

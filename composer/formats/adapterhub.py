@@ -1,10 +1,12 @@
-"""LoRA and (IA)³ of the `adapters` library of AdapterHub (adapters/methods/lora.py).
+"""LoRA, (IA)³ and bottlenecks of the `adapters` library of AdapterHub (adapters/methods/lora.py, bottleneck.py).
 
 adapter_config.json    config {architecture: lora, r, alpha, composition_mode, use_gating, …}, name, model_name
+                       config {reduction_factor, non_linearity, mh_adapter, …}, model_type: a bottleneck
 adapter.safetensors    <module>.loras.<name>.lora_A [r, in], lora_B [out, r]    add:   W += alpha/r · B·A
                        <module>.loras.<name>.lora_B [out, 1]                    scale: outputs ⊙ alpha·lora_B, (IA)³
+                       <holder>.adapters.<name>.adapter_down.0.weight …         see composer.adapters.bottleneck
 
-The library's other methods (bottlenecks, prefixes, prompts, ReFT) are no change of weights: refused by name.
+The library's other methods (prefixes, prompts, ReFT, unions) are refused by name.
 """
 
 from __future__ import annotations
@@ -30,16 +32,19 @@ from composer.tensors import SafetensorsHeader, TensorSpec, read_header
 __all__ = ["AdapterHub"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
+BOTTLENECK = "BOTTLENECK"  # the peft_type of composer.adapters.bottleneck, which PEFT itself does not have
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.lora_(?P<side>[AB])")
 HEADS = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 CONV1D_MODELS = ("gpt2",)
+PART = re.compile(r"(?P<holder>.+)\.adapters\.(?P<name>[^.]+)\.(?P<part>.+)")
+INVERTIBLE = re.compile(r"(?:.+\.)?invertible_adapters\.")
 REASONS = {
-    "bottleneck": "it puts small networks with a nonlinearity between the layers",
     "prefix_tuning": "it puts trained keys and values before those of the input",
     "prompt_tuning": "it puts trained vectors before the input's embeddings",
     "reft": "it edits the hidden states of some positions of the input",
     "union": "it joins several adapters of different methods",
+    "mtl_lora": "which of its matrices act depends on the task of the input",
 }
 
 
@@ -55,13 +60,16 @@ class AdapterHub:
         return config is not None and "config" in config and ("model_type" in config or "model_class" in config)
 
     def read(self, files: FileSet, config: Mapping[str, Any] | None) -> View:
-        """LoRA's or IA3's config, and the factors without the adapter's name.
+        """LoRA's, IA3's or the bottleneck's config, and the tensors without the adapter's name.
 
         Raises UnsafeFormatError for pytorch_adapter.bin; UnsupportedAdapterError for other methods, gates, VeRA, merged
         attention matrices and prediction heads; CorruptFileError for a config or tensors that are not this library's.
         """
         assert config is not None
-        method = _lora_config(config["config"])
+        method = _method_config(config["config"])
+        bottleneck = "architecture" not in method or method["architecture"] is None
+        if not bottleneck:
+            _check_lora(method)
         heads = [name for name in HEADS if name in files]
         if heads:
             raise refuse(
@@ -72,6 +80,10 @@ class AdapterHub:
             )
         require_weights(files, WEIGHTS, "save_adapter(use_safetensors=True)")
         header = read_header(files[WEIGHTS])
+        if bottleneck:
+            base = {"model_type": config.get("model_type"), "base_model_name_or_path": config.get("model_name")}
+            peft = {**method, **base, "peft_type": BOTTLENECK}
+            return View(peft, view_header(header, _parts(header)), (CONFIG, WEIGHTS))
         factors = _factors(header)
         peft = {
             "fan_in_fan_out": config.get("model_type") in CONV1D_MODELS,
@@ -88,8 +100,8 @@ class AdapterHub:
         return View(peft, view_header(header, specs), (CONFIG, WEIGHTS))
 
 
-def _lora_config(method: Any) -> dict[str, Any]:
-    """The config of the method, where it is a LoRA or (IA)³ that is a change of weights."""
+def _method_config(method: Any) -> dict[str, Any]:
+    """The config of the method, where it is one that can be composed."""
     if not isinstance(method, dict):
         raise refuse(
             f"{CONFIG}: config is {method!r}: the defaults of the version that saved it are not known",
@@ -97,15 +109,20 @@ def _lora_config(method: Any) -> dict[str, Any]:
             method,
             "load the adapter with the adapters library and save it again",
         )
-    architecture = method.get("architecture") or "bottleneck"
-    if architecture != "lora":
-        reason = REASONS.get(str(architecture), "it is not known to change weights")
+    architecture = method.get("architecture")
+    if architecture not in (None, "lora"):
+        reason = REASONS.get(str(architecture), "it is not known what it changes")
         raise refuse(
-            f"the method {architecture!r} of AdapterHub cannot be merged into weights: {reason}",
-            "architecture lora",
+            f"the method {architecture!r} of AdapterHub cannot be composed: {reason}",
+            "architecture lora, or none (a bottleneck)",
             architecture,
             "serve the base with this adapter loaded by the adapters library, or train a LoRA on the same data",
         )
+    return method
+
+
+def _check_lora(method: dict[str, Any]) -> None:
+    """Raise for a LoRA or (IA)³ that is no change of weights, or that the library would not read."""
     for option, what in {"use_gating": "a gate depends on the input", "vera_d": "VeRA", "vera_b": "VeRA"}.items():
         if method.get(option) not in (None, False):
             raise refuse(
@@ -128,7 +145,26 @@ def _lora_config(method: Any) -> dict[str, Any]:
             {"r": rank, "alpha": alpha},
             "set alpha to 1 and multiply every lora_B by the old value",
         )
-    return method
+
+
+def _parts(header: SafetensorsHeader) -> list[TensorSpec]:
+    """The tensors of a bottleneck under the modules that hold it, without the adapter's name."""
+    specs, names = [], set()
+    for spec in header.tensors.values():
+        if INVERTIBLE.match(spec.name):
+            raise refuse(
+                f"{spec.name} is of an invertible adapter after the embedding, which cannot be composed",
+                "a bottleneck without inv_adapter",
+                spec.name,
+                "train the bottleneck without inv_adapter",
+            )
+        match = PART.fullmatch(spec.name)
+        if match is None:
+            raise damaged(f"{spec.name} is not of a bottleneck", "<holder>.adapters.<name>.<part>", spec.name)
+        specs.append(renamed(spec, f"{match['holder']}.{match['part']}"))
+        names.add(match["name"])
+    _check_one(names)
+    return specs
 
 
 def _factors(header: SafetensorsHeader) -> list[tuple[str, str, TensorSpec]]:
@@ -145,9 +181,13 @@ def _factors(header: SafetensorsHeader) -> list[tuple[str, str, TensorSpec]]:
             )
         factors.append((match["module"], match["side"], spec))
         names.add(match["name"])
+    _check_one(names)
+    return factors
+
+
+def _check_one(names: set[str]) -> None:
     if len(names) > 1:
         raise damaged(f"{WEIGHTS} holds {len(names)} adapters", "one adapter", sorted(names))
-    return factors
 
 
 def _check_merged(factors: list[tuple[str, str, TensorSpec]]) -> None:

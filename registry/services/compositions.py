@@ -22,10 +22,11 @@ from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.companions import companion_files
 from composer.errors import TypedError, WeakCompatibilityError
-from composer.exporters import check_export, find_plan_exporter
+from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
+from composer.probe import probe_digest
 from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
@@ -39,7 +40,9 @@ from registry.licences import assess_licences
 from registry.lifecycle import deprecation, require_usable
 from registry.models import BaseFileRow, BaseModelRow, CompositionInputRow, CompositionRow, VersionRow
 from registry.originals import difference_warning, original_error, original_reference
+from registry.preflight import plan_advice
 from registry.schemas import (
+    Advice,
     CompositionInfo,
     Level,
     LicenceLevel,
@@ -156,7 +159,12 @@ class Resolved:
             "files": {name: sha256_file(files[name]) for name in copy_names(files)},
             "shards": [[shard.name, list(shard.header.tensors)] for shard in self.target.checkpoint.shards],
             "adapters": [
-                [item.digest, item.term.weight, [[each.pattern, each.weight] for each in item.term.modules]]
+                [
+                    item.digest,
+                    item.term.weight,
+                    [[each.pattern, each.weight] for each in item.term.modules],
+                    *([item.term.task] if item.term.task is not None else []),
+                ]
                 for item in self.adapters
             ],
             "labels": [self.recipe.base, *(item.label for item in self.adapters)],
@@ -229,17 +237,20 @@ class Compositions:
         return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
-        recipe, plan = resolved.recipe, self._plan(resolved)
-        check_export(plan)
+        recipe, plan = resolved.recipe, prepare_export(self._plan(resolved))
         in_place = find_plan_exporter(recipe.export)
         per_term = [
             sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
         ]
+        added: dict[str, int] = {}
         if recipe.requantise:
             files, along = requantised_files(plan), requantised_companions(plan)
+        elif in_place:
+            files, along = in_place.plan_files(plan), iter(())
         else:
-            files = in_place.plan_files(plan) if in_place else {shard.name: shard.nbytes for shard in plan.shards}
-            along = companion_files(plan) if not in_place else iter(())
+            added = find_exporter(recipe.export).plan_files(plan)
+            files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
+        files = {**files, **added}
         companions = {name: len(data) for name, data in along}
         return PlanInfo(
             recipe=recipe,
@@ -259,7 +270,9 @@ class Compositions:
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
-            warnings=(*resolved.warnings, *resolved.advice),
+            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
+            advice=tuple(plan_advice(plan)),
+            additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
             nbytes=sum(files.values()),
@@ -275,20 +288,26 @@ class Compositions:
         progress: Progress | None,
         pins: tuple[str | None, ...] | None = None,
         accept_licences: bool = False,
+        text: str | None = None,
     ) -> CompositionInfo:
-        """Compose into `out`, or say that the very same result lies there."""
+        """Compose into `out`, or say that the very same result lies there, probed with the same text."""
         out = out.expanduser().resolve()
         resolved = self.resolve(recipe, progress, pins)
         plan = self._plan(resolved)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
-        if (earlier := _earlier(out, resolved.key)) is not None:
+        key = resolved.key
+        if text is not None:
+            key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+        if (earlier := _earlier(out, key)) is not None:
             return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
+        advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
+        inputs = {**resolved.inputs, "key": key, "advice": advice}
         outcome = compose(
-            plan, out, inputs=resolved.inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace
+            plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text
         )
-        self._record(resolved, outcome.record)
+        self._record(resolved, key, outcome.record)
         return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
 
     def check(self, adapter: str, base: str) -> Verdict:
@@ -385,15 +404,18 @@ class Compositions:
 
     @staticmethod
     def _plan(resolved: Resolved) -> Plan:
-        terms = [Term(item.label, item.adapter, item.term.weight, item.term.modules) for item in resolved.adapters]
+        terms = [
+            Term(item.label, item.adapter, item.term.weight, item.term.modules, item.term.task)
+            for item in resolved.adapters
+        ]
         return make_plan(resolved.recipe, resolved.target.checkpoint, terms, resolved.base.checkpoint)
 
-    def _record(self, resolved: Resolved, record: dict[str, Any]) -> None:
+    def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:
         with session_scope(self._engine, writes=True) as session:
-            if session.scalar(select(CompositionRow).where(CompositionRow.key == resolved.key)) is None:
+            if session.scalar(select(CompositionRow).where(CompositionRow.key == key)) is None:
                 session.add(
                     CompositionRow(
-                        key=resolved.key,
+                        key=key,
                         recipe=resolved.recipe.model_dump(mode="json"),
                         inputs=resolved.inputs,
                         output_digest=record["output_digest"],
@@ -455,6 +477,7 @@ def _info(
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
         warnings=(*record["warnings"], *advice),
+        advice=tuple(Advice(**entry) for entry in record.get("advice", ())),
         record=record,
         seconds=seconds,
     )

@@ -86,6 +86,8 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "alpha": signature.alpha,
         "target_modules": list(signature.target_modules),
         "parameters": signature.parameters,
+        **({"virtual_tokens": signature.virtual_tokens} if signature.virtual_tokens else {}),
+        **({"adds": [addition.summary for addition in adapter.additions()]} if adapter.adds else {}),
         "base_model": adapter.base_name,
         "tensors": _tensors(adapter.header.tensors.values()),
     }

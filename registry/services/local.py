@@ -312,11 +312,12 @@ class LocalRegistry:
         *,
         replace: bool = False,
         accept_licences: bool = False,
+        probe: str | None = None,
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
-        return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences)
+        return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences, probe)
 
     def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         return self._jobs.submit(recipe, accept_licences=accept_licences)

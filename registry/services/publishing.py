@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sqlalchemy import Engine, select
@@ -44,6 +45,7 @@ from registry.models import (
     VersionTagRow,
 )
 from registry.names import Version, adapter_name, base_name, slug
+from registry.preflight import adapter_advice
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
 from registry.services.audit import acting, record
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
@@ -228,15 +230,17 @@ class Publishing:
         card = read_card(adapter.files.get("README.md"))
         warnings: list[str] = []
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
-        self._check_base(adapter, claim, warnings)
+        known = self._check_base(adapter, claim, warnings)
+        advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
         files = self._store_files(adapter.files if whole else publishable_files(adapter), progress)
         digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
         try:
             with session_scope(self._engine, writes=True) as session:
-                return self._insert(
+                result = self._insert(
                     session, (namespace, short), wanted, digest, files, adapter, claim, card,
                     license, tags, description, private, warnings,
                 )  # fmt: skip
+                return result.model_copy(update={"advice": tuple(advice)})
         except DatabaseIntegrityError as error:
             raise VersionTakenError(
                 f"{namespace}/{short}: another publisher took the version at the same moment",
@@ -281,21 +285,23 @@ class Publishing:
             )
         return claim
 
-    def _check_base(self, adapter: Adapter, claim: BaseClaim, warnings: list[str]) -> None:
+    def _check_base(self, adapter: Adapter, claim: BaseClaim, warnings: list[str]) -> dict[str, Any] | None:
+        """What advice needs of the base, where it is registered: its size, and itself if it still lies there."""
         if claim.fingerprint is None:
             warnings.append(
                 f"the base is known by name only ({claim.name or 'no name'}): the version is unverified; "
                 "publish with --base to tie it to weights"
             )
-            return
+            return None
         with session_scope(self._engine) as session:
             row = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == claim.fingerprint))
             if row is None:
                 warnings.append(
                     f"the base {claim.fingerprint[:16]}… is not registered: the version is pending until it is"
                 )
-                return
+                return None
             verdict = assess(adapter.signature.targets, claim, base_facts(session, row))
+            lies = _lies_there(row)
         if verdict.level is Level.INCOMPATIBLE:
             raise IncompatibleError(
                 f"the adapter does not fit the base it names: {verdict.reasons[0].message}",
@@ -303,6 +309,7 @@ class Publishing:
                 found=verdict.reasons[0].message,
                 remedy="name the base it was trained on with --base",
             )
+        return {"parameters": row.parameters, "base": open_checkpoint(Path(row.location)) if lies else None}
 
     def _store_files(self, chosen: FileSet, progress: Progress | None) -> list[VersionFileRow]:
         total = sum(path.stat().st_size for path in chosen.values())

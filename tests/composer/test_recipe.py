@@ -97,3 +97,25 @@ def test_references_split_into_name_and_version() -> None:
 def test_paths_are_told_from_names() -> None:
     """One slash is a namespace, of an adapter or of a base; a folder begins with a dot or has more."""
     assert [is_path(ref) for ref in ("./a", "/a", "~/a", "..", "x/y/z", "x/y", "a")] == [True] * 5 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("b+a#2", ("a", None, 2, 1.0)),
+        ("b+team/a@1.0.0#0:0.5", ("team/a", "1.0.0", 0, 0.5)),
+        ("b+./a#b", ("./a#b", None, None, 1.0)),
+        ("b+./a#b#7", ("./a#b", None, 7, 1.0)),
+    ],
+)
+def test_a_task_stands_between_version_and_weight(text: str, found: tuple[object, ...]) -> None:
+    """Digits after the last '#'; what is read is written the same way."""
+    (term,) = parse_recipe(text).adapters
+    assert (term.ref, term.version, term.task, term.weight) == found
+    assert str(parse_recipe(text)) == text
+
+
+def test_a_reference_without_recipe_has_no_task() -> None:
+    """It names an adapter, not how it acts."""
+    with pytest.raises(RecipeError, match="task or a weight"):
+        split_reference("team/a@1.0.0#2")

@@ -142,7 +142,7 @@ def test_a_collision_rules_a_family_out() -> None:
 
 def test_renamed_modules_are_not_exported_under_the_wrong_names(bases: dict[str, Path], tmp_path: Path) -> None:
     """--export peft would have to know the module's name of every tensor: it says that it does not."""
-    from composer.exporters import check_export
+    from composer.exporters import prepare_export
     from composer.plan import Term, make_plan
 
     config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|k_proj)")
@@ -150,4 +150,4 @@ def test_renamed_modules_are_not_exported_under_the_wrong_names(bases: dict[str,
     recipe = Recipe(base="b", adapters=({"ref": "a"},), export="peft")
     plan = make_plan(recipe, open_checkpoint(bases["llava"]), [Term("a", open_adapter(adapter), 1.0)])
     with pytest.raises(IncompatibleError, match="name modules differently"):
-        check_export(plan)
+        prepare_export(plan)

@@ -13,7 +13,7 @@ import torch
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.errors import CorruptFileError, IncompatibleError, TargetMismatchError, UnsupportedAdapterError
-from composer.exporters import check_export
+from composer.exporters import prepare_export
 from composer.plan import Term, make_plan
 from composer.recipe import Recipe
 from tests.composer.adapters.oracles import assert_composed_is_live, load_model, logits, random_adapter
@@ -117,7 +117,7 @@ def test_a_lora_of_a_deeper_model_is_not_exported_as_one_of_the_base(bases: dict
     adapter = open_adapter(deeper(bases["llama"], tmp_path / "adapter"))
     recipe = Recipe(base="b", adapters=({"ref": "a"},), export="peft")
     with pytest.raises(IncompatibleError, match="copies of a layer"):
-        check_export(make_plan(recipe, open_checkpoint(bases["llama"]), [Term("a", adapter, 1.0)]))
+        prepare_export(make_plan(recipe, open_checkpoint(bases["llama"]), [Term("a", adapter, 1.0)]))
 
 
 def test_the_catalogue_ties_it_to_the_bases_own_layers(bases: dict[str, Path], tmp_path: Path, registry: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.errors import CorruptFileError, IncompatibleError, TargetMismatchError, TiedWeightsError
-from composer.exporters import check_export
+from composer.exporters import prepare_export
 from composer.plan import Term, make_plan
 from composer.recipe import Dtype, Recipe
 from tests.composer.adapters.oracles import load_model, logits, random_adapter
@@ -213,7 +213,7 @@ def test_it_is_not_exported_as_a_lora(bases: dict[str, Path], tmp_path: Path) ->
     adapter = open_adapter(make(bases["free"], tmp_path / "adapter"))
     recipe = Recipe(base="b", adapters=({"ref": "a"},), export="peft")
     with pytest.raises(IncompatibleError, match="resize the vocabulary"):
-        check_export(make_plan(recipe, open_checkpoint(bases["free"]), [Term("a", adapter, 1.0)]))
+        prepare_export(make_plan(recipe, open_checkpoint(bases["free"]), [Term("a", adapter, 1.0)]))
 
 
 def test_the_catalogue_keeps_the_tokenizer_and_knows_the_base(

@@ -8,6 +8,8 @@
         └─► skeleton ─► trace ────► bind     initializers point into *.safetensors
             (minutes, no weights)    │       (milliseconds)
                                      ▼
+                                bottlenecks  where bottlenecks.json lies in the folder: their nodes
+                                     ▼
                            .model.onnx.*.tmp
                                      │
                                   verify     ONNX Runtime against torch, in float32
@@ -30,15 +32,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer.bottlenecks import BUNDLE
 from composer.errors import NotFoundError, OnnxVerificationError
 from composer.exporters.onnx import bind, graph_cache, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
+from composer.exporters.onnx.bottlenecks import insert_bottlenecks
 from composer.exporters.onnx.session import generate, open_session, require_runtime
+from composer.exporters.onnx.virtual_tokens import insert_virtual_tokens
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ARCHITECTURES", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
+__all__ = ["ARCHITECTURES", "MODEL_FILE", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
 
 MODEL_FILE = "model.onnx"
 
@@ -99,6 +104,9 @@ def export_onnx(
     graph, cached = _graph(folder, architecture, digest, cache_dir, say)
     clock.append(time.perf_counter())
     bound = bind.bind(graph, folder)
+    if (folder / BUNDLE).is_file():
+        insert_bottlenecks(bound.model, folder)
+    insert_virtual_tokens(bound.model, folder, config, architecture)
     graph.metadata_props.add(key="composer.graph_digest", value=digest)
     aside = _write_aside(folder, bound.model)
     clock.append(time.perf_counter())

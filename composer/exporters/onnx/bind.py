@@ -13,6 +13,7 @@ import json
 import mmap
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from composer.tensors import TensorSpec, read_header
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Bound", "bind", "stored_tensors"]
+__all__ = ["Bound", "bind", "rename_inputs", "stored_tensors"]
 
 # onnx.TensorProto's numbers for the dtypes that a weight may be stored in.
 STORED = {"F32": 1, "F16": 10, "BF16": 16}
@@ -167,7 +168,7 @@ def _point(graph: onnx.ModelProto, sources: dict[str, str], tensors: dict[str, t
         for field, value in (("location", file), ("offset", spec.offset), ("length", spec.nbytes)):
             initializer.external_data.add(key=field, value=str(value))
         stored[spec.dtype] += spec.nbytes
-    _rename_inputs(graph.graph.node, renamed)
+    rename_inputs(graph.graph.node, renamed)
     nodes = [*casts, *graph.graph.node]
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
@@ -177,13 +178,14 @@ def _point(graph: onnx.ModelProto, sources: dict[str, str], tensors: dict[str, t
     return stored
 
 
-def _rename_inputs(nodes: object, renamed: dict[str, str]) -> None:
+def rename_inputs(nodes: Iterable[onnx.NodeProto], renamed: Mapping[str, str]) -> None:
+    """Have `nodes`, and those of graphs inside them, read other values."""
     for node in nodes:
         for position, name in enumerate(node.input):
             if name in renamed:
                 node.input[position] = renamed[name]
         for attribute in node.attribute:
-            _rename_inputs(attribute.g.node, renamed)
+            rename_inputs(attribute.g.node, renamed)
 
 
 def _keys(name: str, prefix: str) -> list[str]:

@@ -5,6 +5,8 @@
     encoder     one prompt, prompts and random ids as batches with right padding
 
 The torch model comes from `from_pretrained`, which finds the weights by its own rules: it shares nothing with `bind`.
+Bottlenecks are hooked into it by composer.runtime, and virtual tokens put before its input by `live`; neither shares
+anything with the nodes that the graph has for them.
 Only positions that are not padding are compared.
 """
 
@@ -16,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer.bottlenecks import BUNDLE
 from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
+from composer.exporters.onnx.live import LiveModel
 from composer.exporters.onnx.session import forward, open_session
 from composer.exporters.onnx.skeleton import quiet
 
@@ -92,10 +96,15 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
 
     cls = getattr(transformers, architecture.name)
     module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    if (folder / BUNDLE).is_file():
+        from composer.runtime.bottlenecks import attach
+
+        attach(module, folder)
+    live = LiveModel(module, folder, architecture)
     session = open_session(model_path)
-    config = module.config
-    texts = _text_prompts(folder, config)
-    randoms = _random_prompts(config)
+    longest = _longest(module.config) - live.tokens
+    texts = _text_prompts(folder, module.config, longest)
+    randoms = _random_prompts(module.config, longest)
     run = _check_causal if architecture.is_causal else _check_encoder
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
@@ -108,7 +117,7 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
         batches.append(("random ids, prefill in two parts", randoms, {"parts": 2}))
     checks, largest, scale = [], 0.0, 0.0
     for name, rows, options in batches:
-        check, absmax = run(session, module, architecture, rows, **options)
+        check, absmax = run(session, live, architecture, rows, **options)
         checks.append({"check": name, "rows": len(rows), **check})
         # np.maximum, unlike max, keeps NaN.
         largest, scale = (float(np.maximum(largest, check["max_abs_diff"])), max(scale, absmax))
@@ -116,13 +125,13 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
 
 
 def _check_causal(
-    session: Any, module: Any, _architecture: Architecture, rows: list[list[int]], parts: int = 1
+    session: Any, live: LiveModel, _architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> tuple[dict[str, Any], float]:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, module.config, left=True)
+    ids, mask = _pad(rows, live.config, left=True)
     length = ids.shape[1]
     past, logits = None, []
     bounds = [length * part // parts for part in range(parts + 1)]
@@ -140,12 +149,9 @@ def _check_causal(
     got = np.concatenate(logits, axis=1)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     with torch.no_grad():
-        expected = module(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
-            position_ids=torch.from_numpy(positions),
-            use_cache=False,
-        ).logits.numpy()
+        expected = live(
+            torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
+        )["logits"].numpy()
     tokens = np.concatenate([ids[:, length:], token], axis=1)
     # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
     deciding = expected[:, length - 1 :]
@@ -164,21 +170,21 @@ def _check_causal(
 
 
 def _check_encoder(
-    session: Any, module: Any, architecture: Architecture, rows: list[list[int]]
+    session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]]
 ) -> tuple[dict[str, Any], float]:
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, module.config, left=False)
+    ids, mask = _pad(rows, live.config, left=False)
     feeds = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in architecture.inputs:
         # The second half of each row as a second segment, so that both kinds of row are read.
-        kinds = getattr(module.config, "type_vocab_size", 1)
+        kinds = getattr(live.config, "type_vocab_size", 1)
         feeds["token_type_ids"] = (np.cumsum(np.ones_like(ids), axis=1) > ids.shape[1] // 2).astype(np.int64)
         feeds["token_type_ids"] *= int(kinds > 1)
     got = session.run([architecture.output], feeds)[0]
     with torch.no_grad():
-        expected = module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        expected = live(**{name: torch.from_numpy(value) for name, value in feeds.items()})
     expected = expected[architecture.output].numpy()
     difference, absmax = _difference(got, expected, mask if got.ndim == 3 else None)
     padding = "right" if int(mask.min()) == 0 else "none"
@@ -214,7 +220,7 @@ def _longest(config: Any) -> int:
     return (getattr(config, "max_position_embeddings", None) or 512) - NEW_TOKENS - 2
 
 
-def _text_prompts(folder: Path, config: Any) -> list[list[int]]:
+def _text_prompts(folder: Path, config: Any, longest: int) -> list[list[int]]:
     """The fixed prompts through the folder's tokenizer and chat template; none when the folder has no tokenizer."""
     from transformers import AutoTokenizer
 
@@ -236,11 +242,11 @@ def _text_prompts(folder: Path, config: Any) -> list[list[int]]:
                 found=max(ids),
                 remedy="the tokenizer files belong to another model",
             )
-        rows.append(ids[: min(LONGEST_PROMPT, _longest(config))])
+        rows.append(ids[: min(LONGEST_PROMPT, longest)])
     return [row for row in rows if row]
 
 
-def _random_prompts(config: Any) -> list[list[int]]:
+def _random_prompts(config: Any, longest: int) -> list[list[int]]:
     """Seeded ids from the whole vocabulary without the padding id; the last row crosses a small sliding window."""
     import numpy as np
 
@@ -251,4 +257,4 @@ def _random_prompts(config: Any) -> list[list[int]]:
     generator = np.random.default_rng(0)
     padding = getattr(config, "pad_token_id", None)
     allowed = np.setdiff1d(np.arange(config.vocab_size), [-1 if padding is None else padding])
-    return [generator.choice(allowed, max(1, min(length, _longest(config)))).tolist() for length in lengths]
+    return [generator.choice(allowed, max(1, min(length, longest))).tolist() for length in lengths]

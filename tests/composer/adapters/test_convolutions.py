@@ -198,7 +198,7 @@ def test_ia3_without_feedforward_modules_does_not_say_what_it_scales(tmp_path: P
 def test_a_lora_on_a_convolution_is_neither_resized_nor_exported(tmp_path: Path) -> None:
     """As a LoRA of matrices it would be another one: both say what works instead."""
     from composer.checkpoint import open_checkpoint
-    from composer.exporters import check_export
+    from composer.exporters import prepare_export
     from composer.plan import Term, make_plan
     from composer.recipe import Recipe
     from composer.resize import resize_lora
@@ -210,4 +210,4 @@ def test_a_lora_on_a_convolution_is_neither_resized_nor_exported(tmp_path: Path)
     checkpoint = open_checkpoint(base_of(net(), tmp_path / "base"))
     recipe = Recipe(base="b", adapters=({"ref": "a"},), export="peft")
     with pytest.raises(UnsupportedAdapterError):
-        check_export(make_plan(recipe, checkpoint, [Term("a", adapter, 1.0)]))
+        prepare_export(make_plan(recipe, checkpoint, [Term("a", adapter, 1.0)]))

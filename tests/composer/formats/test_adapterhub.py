@@ -140,12 +140,18 @@ def test_what_the_header_says_in_peft_terms(tmp_path: Path) -> None:
     assert (adapter.signature.kind, adapter.signature.rank, adapter.signature.alpha) == ("lora", RANK, ALPHA)
 
 
-@pytest.mark.parametrize("architecture", [None, *sorted(REASONS), "new"])
-def test_other_methods_are_refused_by_name(tmp_path: Path, architecture: str | None) -> None:
-    """With the reason; a config without architecture is a bottleneck."""
-    name = architecture or "bottleneck"
-    method = {"architecture": architecture, "reduction_factor": 16}
-    with pytest.raises(UnsupportedAdapterError, match=f"{name!r} of AdapterHub.*{REASONS.get(name, 'not known')[:20]}"):
+@pytest.mark.parametrize("architecture", [*sorted(REASONS), "new"])
+def test_other_methods_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    """With the reason."""
+    reason = REASONS.get(architecture, "not known")[:20]
+    with pytest.raises(UnsupportedAdapterError, match=f"{architecture!r} of AdapterHub.*{reason}"):
+        open_adapter(write_hub(tmp_path / "hub", lora_arrays(), {"architecture": architecture, "reduction_factor": 16}))
+
+
+def test_a_config_without_architecture_is_a_bottleneck(tmp_path: Path) -> None:
+    """So the tensors of a LoRA do not belong to it."""
+    method = {"architecture": None, "reduction_factor": 16}
+    with pytest.raises(CorruptFileError, match="is not of a bottleneck"):
         open_adapter(write_hub(tmp_path / "hub", lora_arrays(), method))
 
 
