@@ -413,7 +413,7 @@ class RemoteRegistry:
         """Run the job and fetch its files, each checked against its digest, into the new folder `out`."""
         for field in ("finetune", "base"):
             if field in body:
-                refuse_path(body[field], f"the {field}", base=True)
+                refuse_path(body[field], f"the {field}")
         if "ref" in body:
             refuse_path(body["ref"], "the adapter")
         out = out.expanduser().resolve()

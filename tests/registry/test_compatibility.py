@@ -133,7 +133,7 @@ def test_sizes_that_an_adapter_bounds_are_part_of_the_verdict(
     registry.add_base(
         write_base(tmp_path / "wide", {**weights(), f"{Q}.weight": np.ones((6, 5), np.float16)}), name="wide"
     )
-    levels = {item.base.name: item.verdict.level for item in registry.bases_for("team/vera")}
+    levels = {item.base.name: item.verdict.level for item in registry.bases_for("team/vera").items}
     assert levels.get("wide", Level.INCOMPATIBLE) is Level.INCOMPATIBLE
     assert levels["base"] is Level.SHAPE
     verdict = registry.check("team/vera", "wide")

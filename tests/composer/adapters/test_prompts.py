@@ -292,7 +292,7 @@ def test_the_catalogue_knows_what_a_prompt_fits(registry: Any, bases: dict[str, 
         registry.add_base(bases[name], name=name)
     for name in ("prompt", "prefix"):
         registry.publish(tmp_path / name, name=f"team/{name}", version="1.0.0", base="llama")
-        assert [fit.base.name for fit in registry.bases_for(f"team/{name}")] == ["llama"]
+        assert [fit.base.name for fit in registry.bases_for(f"team/{name}").items] == ["llama"]
     assert registry.check("team/prompt", "gpt2").level.value == "incompatible"
     plan = registry.plan(parse_recipe("llama+team/prompt", export=Export.BUNDLE))
     assert plan.additions == ("team/prompt@1.0.0: 5 virtual tokens before every input",)
