@@ -16,7 +16,7 @@ from registry.db import session_scope
 from registry.models import AdapterRow, BaseModelRow, VersionRow
 from registry.names import adapter_name
 from registry.schemas import BaseInfo, VersionInfo
-from registry.services.catalogue import LATEST, base_info, version_info
+from registry.services.catalogue import base_info, version_info
 
 __all__ = ["Listing", "Query"]
 
@@ -85,8 +85,7 @@ def _adapters(session: Session, query: Query, after: str) -> Iterator[VersionInf
         )
         batch = list(session.scalars(page))
         for adapter in batch:
-            versions = select(VersionRow).where(VersionRow.adapter_id == adapter.id)
-            latest = session.scalar(versions.order_by(*LATEST).limit(1))
+            latest = session.scalar(select(VersionRow).where(VersionRow.adapter_id == adapter.id, VersionRow.latest))
             if latest is not None:
                 yield version_info(session, latest)
         if len(batch) < BATCH:
