@@ -331,7 +331,12 @@ class RemoteRegistry:
         Raises UsageError for a text to probe: jobs compose from recipes alone.
         """
         if probe is not None:
-            raise self._only_here("a text is probed")
+            raise UsageError(
+                "a text is probed where the model is composed",
+                expected="a registry on this machine",
+                found=self.url,
+                remedy="leave --url out, or compose without --probe",
+            )
         out = out.expanduser().resolve()
         earlier: dict[str, Any] | None = None
         if not replace and (out / RECORD).is_file():

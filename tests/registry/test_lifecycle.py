@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_a_file_that_is_published_while_gc_looks_is_kept(
     def publish_first(source: Any, target: Any) -> None:
         if not published.is_set() and "collected-" in str(target):
             published.set()
-            monkeypatch.setattr("registry.services.publishing.Publishing._insert", lambda *_: None)
+            monkeypatch.setattr("registry.services.publishing.Publishing._insert", Mock())
             registry.publish(tmp_path / "1.0.0", name="team/again")
             monkeypatch.undo()
         rename(source, target)

@@ -312,6 +312,6 @@ def test_the_catalogue_knows_where_experts_belong(bases: dict[str, Path], tmp_pa
     adapter = random_adapter(bases["mixtral"], tmp_path / "adapter", lora(*EXPERTS))
     registry.publish(adapter, name="team/experts", base="mixtral")
     assert registry.check("team/experts", "mixtral").level is Level.EXACT
-    assert [item.adapter.name for item in registry.compatible("mixtral")] == ["team/experts"]
-    assert not registry.compatible("granitemoe")
+    assert [item.adapter.name for item in registry.compatible("mixtral").items] == ["team/experts"]
+    assert not registry.compatible("granitemoe").items
     assert registry.check("team/experts", "qwen3_moe").level is Level.INCOMPATIBLE
