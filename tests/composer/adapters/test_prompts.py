@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
 
 from composer.adapters import kinds, open_adapter
 from composer.errors import (
@@ -172,26 +173,39 @@ class TestStacks:
 
     @pytest.fixture
     def parts(self, bases: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
-        """A LoRA, two prompts and two prefixes on the tiny Llama."""
+        """A LoRA, an IA3, two prompts and two prefixes on the tiny Llama."""
         for seed in (1, 2):
             adapt(make_model("llama"), "prompt-tuning", tmp_path / f"prompt{seed}", seed=seed, tokens=2 + seed)
             adapt(make_model("llama"), "prefix-tuning", tmp_path / f"prefix{seed}", seed=seed)
         random_lora(bases["llama"], tmp_path / "lora", target_modules=["q_proj", "v_proj"])
+        config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+        scaled = get_peft_model(make_model("llama"), config)
+        for name, parameter in scaled.named_parameters():
+            if "ia3_l" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        scaled.save_pretrained(tmp_path / "ia3")
         return {path.name: path for path in tmp_path.iterdir()}
 
+    @pytest.mark.parametrize("weights", ["lora", "ia3"])
     @pytest.mark.parametrize("addition", ["prompt1", "prefix1"])
     def test_weights_are_merged_and_the_addition_put_before_them(
-        self, addition: str, parts: dict[str, Path], bases: dict[str, Path], loaders: dict[str, Any], tmp_path: Path
+        self,
+        addition: str,
+        weights: str,
+        parts: dict[str, Path],
+        bases: dict[str, Path],
+        loaders: dict[str, Any],
+        tmp_path: Path,
     ) -> None:
-        """Oracle: PEFT live with the addition, over PEFT's merge of the LoRA."""
-        out = bundle(bases["llama"], [parts["lora"], parts[addition]], tmp_path / "out")
+        """Oracle: PEFT live with the addition, over PEFT's merge of the adapter below it."""
+        out = bundle(bases["llama"], [parts[weights], parts[addition]], tmp_path / "out")
         model = type(make_model("llama")).from_pretrained(out)
         ids = sample_ids()
         if addition == "prefix1":
             given = {**loaders["with_prefix"](out, ids), "input_ids": ids}
         else:
             given = loaders["with_prompt"](out, model, ids)
-        wanted = live(live(make_model("llama"), parts["lora"]).merge_and_unload(), parts[addition])
+        wanted = live(live(make_model("llama"), parts[weights]).merge_and_unload(), parts[addition])
         with torch.no_grad():
             found = model(**given).logits[:, -ids.shape[1] :]
         assert torch.allclose(found, logits(wanted, ids), rtol=0, atol=1e-5)
