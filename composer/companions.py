@@ -34,7 +34,7 @@ def companion_files(plan: Plan) -> Iterator[tuple[str, bytes]]:
     for name, path in files.items():
         if name not in plan.files:
             yield name, _config(plan, path) if name == "config.json" else path.read_bytes()
-    if "config.json" not in files:  # a GGUF file alone: its metadata says what the config is
+    if "config.json" not in {*files, *plan.files}:  # a GGUF file alone: its metadata says what the config is
         yield "config.json", _config(plan, None)
     yield from plan.files.items()
 

@@ -43,7 +43,7 @@ from composer.sinks import FolderSink
 from composer.tensors import DTYPES, TensorSpec
 from composer.writer import ROOM_BYTES, HashingWriter, Room, Staging
 
-__all__ = ["Outcome", "Progress", "compose", "run"]
+__all__ = ["Outcome", "Progress", "compose", "in_order", "index_file", "read_rows", "run", "sampled", "write_jobs"]
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
