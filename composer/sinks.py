@@ -21,7 +21,7 @@ from composer.errors import ConflictError, StorageError
 from composer.parts import begin_part, exchange
 from composer.writer import HashingWriter, Staging
 
-__all__ = ["FolderSink", "fsync_folder", "storage_errors"]
+__all__ = ["FolderSink", "fsync_folder", "fsync_tree", "make_folder", "storage_errors"]
 
 
 @contextmanager
@@ -54,6 +54,26 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make a folder with all that lies in it durable; its name in the folder above too."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
+    fsync_folder(folder.parent)
 
 
 def _taken(out: Path) -> ConflictError:
