@@ -1,4 +1,4 @@
-"""kill -9 in short form: five kills of each operation, at random times and at random calls."""
+"""kill -9 in short form: five kills of each operation, at random times and at random calls. `make soak` has 200."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.faults.composing import ComposeSite, JobSite
+from tests.faults.__main__ import SITES
 from tests.faults.kills import soak
-from tests.faults.publishing import PublishSite
 
 
-@pytest.mark.parametrize("site", [PublishSite, ComposeSite, JobSite], ids=lambda site: site.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("site", SITES.values(), ids=SITES)
 def test_a_kill_loses_nothing_and_shows_nothing_half(site: Any, tmp_path: Path) -> None:
     """What was acknowledged is there, what is visible is whole, the next run succeeds, and gc leaves no remains."""
     tally = soak(site(tmp_path), 5)
