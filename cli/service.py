@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -15,7 +16,7 @@ from cli.options import Settings, common_options, pass_settings
 from cli.output import emit
 from composer.errors import ConflictError, PolicyError, TypedError, UsageError
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "end_now"]
 
 RATE = 6000  # requests a minute of one token
 
@@ -86,8 +87,14 @@ def serve(
     finally:
         local.close()
         if app is not None and app.state.left_behind:
-            sys.stderr.flush()
-            os._exit(0)  # a thread inside torch would make Python's own way out abort
+            end_now()
+
+
+def end_now() -> NoReturn:
+    """End the process where a thread was left behind: one inside torch would make Python's own way out abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _application(local: Any, queue: Any, *, tokens: bool, rate: int | None, max_upload: int | None) -> Any:
@@ -150,7 +157,9 @@ def _run(app: Any, listener: socket.socket, level: str) -> None:
     server = uvicorn.Server(uvicorn.Config(app, log_config=_log_config(), log_level=level, timeout_graceful_shutdown=5))
     host, port = listener.getsockname()[:2]
     click.echo(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down: that is how a service ends
+    # uvicorn raises a signal again after it has shut down: that is how a service ends, by SIGTERM as by Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
         raise TypedError("the service did not start", remedy="look at the messages above, and at 'registry doctor'")

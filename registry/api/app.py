@@ -18,7 +18,6 @@ GET           /api/v1/audit   /whoami   /doctor     POST /collections
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,8 +47,6 @@ MAX_UPLOAD_BYTES = 64 << 30
 PREFIX = "/api/v1"
 STOP_S = 10.0
 
-log = logging.getLogger(__name__)
-
 
 def create_app(
     registry: LocalRegistry,
@@ -73,7 +70,7 @@ def create_app(
             yield
         finally:
             app.state.closing.set()
-            app.state.left_behind = not await run_in_threadpool(_stop, jobs)
+            app.state.left_behind = not await run_in_threadpool(jobs.stop, STOP_S)
 
     app = FastAPI(
         title="Adapter registry",
@@ -102,14 +99,3 @@ def create_app(
     for module in (lfs, xet, listing, repos, writing, reading):
         app.include_router(module.router)
     return app
-
-
-def _stop(jobs: JobService) -> bool:
-    """Ask the worker to stop. One deep in a long step is left behind; its job is taken up at the next start."""
-    stopper = threading.Thread(target=jobs.stop, daemon=True)
-    stopper.start()
-    stopper.join(STOP_S)
-    if stopper.is_alive():
-        log.warning("the running job did not stop in time; it is taken up at the next start")
-        return False
-    return True
