@@ -1,6 +1,6 @@
-"""The FastAPI application: everything under /api/v1, health outside, failures in one shape.
+"""The FastAPI application: everything under /api/v1, failures in one shape, and what operators ask outside.
 
-GET  /healthz
+GET  /healthz   /api/v1/health   /api/v1/ready   /metrics
 POST GET      /api/v1/bases                         GET /bases/{[namespace/]name}   …/adapters   …/inspect
 POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
@@ -34,7 +34,9 @@ from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
 from registry.api.hub import lfs, listing, reading, repos, writing, xet
 from registry.api.hub.signing import Signer
-from registry.api.limits import MAX_JSON_BYTES, BodyLimit, RateLimit
+from registry.api.limits import BodyLimit, RateLimit
+from registry.api.metrics import Metrics
+from registry.api.observing import Observed
 from registry.api.routes import access, adapters, bases, compositions, conversions, health
 from registry.api.routes import jobs as job_routes
 
@@ -93,8 +95,10 @@ def create_app(
     app.state.authenticators = authenticators
     app.state.rate_limit = None if requests_per_minute is None else RateLimit(requests_per_minute)
     app.state.closing = threading.Event()
-    app.add_middleware(BodyLimit, prefix=PREFIX, limit=MAX_JSON_BYTES)
+    app.state.metrics = Metrics(registry, jobs)
+    app.add_middleware(BodyLimit)
     app.add_middleware(SameOrigin, hosts=hosts)
+    app.add_middleware(Observed, metrics=app.state.metrics, prefix=PREFIX)
     add_handlers(app)
     for module in (bases, adapters, compositions, conversions, job_routes, access, health):
         app.include_router(module.router, prefix=PREFIX, dependencies=[Depends(require(Scope.READ))])

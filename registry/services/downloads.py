@@ -20,10 +20,11 @@ WRITE_S = 5.0
 
 
 class Downloads:
-    """Counts by the digest of a version and its adapter's name; shared by all who act on one registry."""
+    """Counts by the number of a version; shared by all who act on one registry. `total`: since this was made."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.total = 0
         self._counts: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._written = time.monotonic()
@@ -32,6 +33,7 @@ class Downloads:
         """One download of this version more."""
         with self._lock:
             self._counts[version_id] += 1
+            self.total += 1
             late = time.monotonic() - self._written > WRITE_S
         if late:
             self.write()
