@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -30,6 +30,7 @@ from starlette.concurrency import run_in_threadpool
 from registry import __version__
 from registry.access import Authenticator, Scope
 from registry.api.deps import require
+from registry.api.examples import add_examples
 from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
 from registry.api.hub import lfs, listing, reading, repos, writing, xet
@@ -70,6 +71,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        app.state.closing.clear()
         await run_in_threadpool(jobs.start)
         try:
             yield
@@ -77,7 +79,7 @@ def create_app(
             app.state.closing.set()
             app.state.left_behind = not await run_in_threadpool(_stop, jobs)
 
-    app = FastAPI(
+    app = _Application(
         title="Adapter registry",
         summary="Adapters tied to their base models by hash, and models composed from them",
         version=__version__,
@@ -106,6 +108,16 @@ def create_app(
     for module in (lfs, xet, listing, repos, writing, reading):
         app.include_router(module.router)
     return app
+
+
+class _Application(FastAPI):
+    """A FastAPI whose description has examples."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, made once."""
+        made = self.openapi_schema is not None
+        found: dict[str, Any] = super().openapi()
+        return found if made else add_examples(found)
 
 
 def _stop(jobs: JobService) -> bool:
