@@ -12,7 +12,7 @@ from collections import Counter
 from sqlalchemy import Engine, select, update
 
 from registry.db import session_scope
-from registry.models import VersionDownloadsRow, VersionRow
+from registry.models import AdapterRow, VersionDownloadsRow, VersionRow
 
 __all__ = ["Downloads"]
 
@@ -45,9 +45,15 @@ class Downloads:
         if not counts:
             return
         with session_scope(self._engine, writes=True) as session:
-            known = set(session.scalars(select(VersionRow.id).where(VersionRow.id.in_(list(counts)))))
+            query = select(VersionRow.id, VersionRow.adapter_id).where(VersionRow.id.in_(list(counts)))
+            known = dict(session.execute(query).tuples().all())
+            adapters: Counter[int] = Counter()
             for version_id in sorted(known):
+                adapters[known[version_id]] += counts[version_id]
                 added = {"count": VersionDownloadsRow.count + counts[version_id]}
                 row = update(VersionDownloadsRow).where(VersionDownloadsRow.version_id == version_id).values(added)
                 if not session.execute(row).rowcount:
                     session.add(VersionDownloadsRow(version_id=version_id, count=counts[version_id]))
+            for adapter_id, count in sorted(adapters.items()):
+                total = {"downloads": AdapterRow.downloads + count}
+                session.execute(update(AdapterRow).where(AdapterRow.id == adapter_id).values(total))
