@@ -125,7 +125,7 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
 
 
 def _check_causal(
-    session: Any, live: LiveModel, _architecture: Architecture, rows: list[list[int]], parts: int = 1
+    session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> tuple[dict[str, Any], float]:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
@@ -147,11 +147,11 @@ def _check_causal(
         part, past = forward(session, token, mask, past)
         logits.append(part)
     got = np.concatenate(logits, axis=1)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    inputs: dict[str, Any] = {"use_cache": False}
+    if "position_ids" in architecture.inputs:
+        inputs["position_ids"] = torch.from_numpy(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
     with torch.no_grad():
-        expected = live(
-            torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
-        )["logits"].numpy()
+        expected = live(torch.from_numpy(ids), torch.from_numpy(mask), **inputs)["logits"].numpy()
     tokens = np.concatenate([ids[:, length:], token], axis=1)
     # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
     deciding = expected[:, length - 1 :]

@@ -78,8 +78,32 @@ MODELS: dict[str, Callable[[], Any]] = {
 # The other rows of the table, without GPT-2, whose options have other names. Only slow tests trace them.
 DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2}
 DEEP, ROBERTA = {**GQA, "num_hidden_layers": 2}, {**SIZES, "pad_token_id": 1}
+MOE = {**GQA, "moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8}
+DEBERTA = {
+    **SIZES,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 4,
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "type_vocab_size": 0,
+}
+MODERN = {**SIZES, "num_hidden_layers": 2, "global_attn_every_n_layers": 2, "local_attention": 8}
+MODERN |= {f"{kind}_token_id": number for number, kind in enumerate(("bos", "eos", "cls", "sep"), start=1)}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "BloomForCausalLM": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pad_token_id": 0},
     "CohereForCausalLM": DEEP,
+    "GPTNeoXForCausalLM": {**SIZES, "bos_token_id": 1, "eos_token_id": 2},
+    "Gemma2ForCausalLM": {
+        **DEEP,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
     "Gemma3ForCausalLM": {
         **DEEP,
         "head_dim": 8,
@@ -89,15 +113,39 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {**DEEP, "head_dim": 8},
     "GraniteForCausalLM": DEEP,
     "MistralForCausalLM": {**DEEP, "sliding_window": 8},
+    "MixtralForCausalLM": {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "OPTForCausalLM": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 24, "bos_token_id": 1, "eos_token_id": 2},
     "Olmo2ForCausalLM": DEEP,
     "Phi3ForCausalLM": {**DEEP, "sliding_window": 8},
     "PhiForCausalLM": DEEP,
+    "Qwen2MoeForCausalLM": {
+        **MOE,
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 24,
+    },
     "Qwen3ForCausalLM": {**DEEP, "head_dim": 16},
+    "Qwen3MoeForCausalLM": {**MOE, "norm_topk_prob": True},
     "SmolLM3ForCausalLM": {**DEEP, "no_rope_layer_interval": 2},
     "StableLmForCausalLM": DEEP,
     "Starcoder2ForCausalLM": {**DEEP, "sliding_window": 8},
     "BertModel": SIZES,
     "BertForTokenClassification": SIZES,
+    "DebertaV2Model": DEBERTA,
+    "DebertaV2ForSequenceClassification": DEBERTA,
+    # The other branches: positions that are not in buckets, projections of their own, segments, a convolution.
+    "DebertaV2ForTokenClassification": {
+        **DEBERTA,
+        "position_buckets": -1,
+        "share_att_key": False,
+        "position_biased_input": True,
+        "type_vocab_size": 2,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+    },
+    "ModernBertModel": MODERN,
+    "ModernBertForSequenceClassification": {**MODERN, "classifier_pooling": "mean"},
+    "ModernBertForTokenClassification": MODERN,
     **{f"DistilBert{task}": DISTIL for task in ("Model", "ForSequenceClassification", "ForTokenClassification")},
     **{
         f"{stem}{task}": ROBERTA
@@ -146,6 +194,24 @@ def logits(folder: Path) -> np.ndarray:
     return forward(session, ids, np.ones_like(ids))[0]
 
 
+def initializers(folder: Path) -> dict[str, dict[str, str]]:
+    """Where the exported model's weights lie, by name."""
+    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
+    return {
+        item.name: {entry.key: entry.value for entry in item.external_data}
+        for item in model.graph.initializer
+        if item.data_location == onnx.TensorProto.EXTERNAL
+    }
+
+
+def places(folder: Path) -> dict[str, dict[str, str]]:
+    """Where the tensors of the safetensors file lie, by name, in ONNX's words."""
+    return {
+        name: {"location": "model.safetensors", "offset": str(spec.offset), "length": str(spec.nbytes)}
+        for name, spec in read_header(folder / "model.safetensors").tensors.items()
+    }
+
+
 def edit(path: Path, **entries: Any) -> None:
     """Change entries of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
@@ -177,17 +243,7 @@ def test_initializers_are_the_checkpoint_tensors_in_place(
     """Every weight is an initializer under its own name at its own offset in the safetensors file, and no copy is."""
     folder = make("llama-tied", dtype)
     export_onnx(folder, cache_dir=cache)
-    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
-    found = {
-        item.name: {entry.key: entry.value for entry in item.external_data}
-        for item in model.graph.initializer
-        if item.data_location == onnx.TensorProto.EXTERNAL
-    }
-    header = read_header(folder / "model.safetensors")
-    assert found == {
-        name: {"location": "model.safetensors", "offset": str(spec.offset), "length": str(spec.nbytes)}
-        for name, spec in header.tensors.items()
-    }
+    assert initializers(folder) == places(folder)
     onnx.checker.check_model(str(folder / "model.onnx"))
 
 
@@ -288,6 +344,7 @@ def test_not_a_number_fails_verification(
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_scaling": {"type": "longrope"}},
         {"add_cross_attention": True},
+        {"architectures": ["MixtralForCausalLM"], "hidden_act": "gelu"},
     ],
 )
 def test_unsupported_model_is_refused_before_anything_is_written(
@@ -395,8 +452,7 @@ def test_checkpoint_without_the_base_prefix_binds(make: Callable[..., Path], cac
         },
     )
     export_onnx(folder, cache_dir=cache)
-    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
-    assert "h.0.attn.c_attn.weight" in {item.name for item in model.graph.initializer}
+    assert "h.0.attn.c_attn.weight" in initializers(folder)
 
 
 def test_weights_linked_out_of_the_folder_are_refused(make: Callable[..., Path], cache: Path) -> None:
@@ -453,8 +509,15 @@ def test_importing_the_exporter_is_cheap() -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_architecture_of_the_table_computes_what_torch_computes(make: Callable[..., Path], name: str) -> None:
     """Each row was exported, with sliding windows and layers without rotary embedding where it has them."""
-    result = export_onnx(make(name, torch.bfloat16))
+    folder = make(name, torch.bfloat16)
+    result = export_onnx(folder)
     assert result.max_abs_diff <= result.tolerance
+    assert {"left" if result.task == "text-generation" else "right", "none"} == {
+        check["padding"] for check in result.checks
+    }
+    bound, stored = initializers(folder), places(folder)
+    assert bound.items() <= stored.items()
+    assert all("pooler." in name for name in stored.keys() - bound.keys())
 
 
 def test_the_table_has_no_untested_row() -> None:
