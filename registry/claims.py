@@ -25,6 +25,7 @@ __all__ = ["Card", "claim_from_folder", "read_card", "split_card"]
 
 FINGERPRINT = re.compile(r"wf1:[0-9a-f]{64}")
 MAX_CARD_BYTES = 1 << 20
+MAX_FRONT_MATTER = 64 << 10
 TEMPLATE = "[More Information Needed]"  # what PEFT writes into a card that nobody filled in
 
 
@@ -49,28 +50,48 @@ def read_card(path: Path | None) -> Card:
         fingerprint=fingerprint if isinstance(fingerprint, str) and FINGERPRINT.fullmatch(fingerprint) else None,
         base_model=_text(fields.get("base_model")),
         license=_text(fields.get("license")),
-        tags=tuple(tag for tag in fields.get("tags") or () if isinstance(tag, str)),
+        tags=tuple(tag for tag in _list(fields.get("tags")) if isinstance(tag, str)),
         description=_first_paragraph(body),
     )
 
 
+class _CardLoader(yaml.SafeLoader):
+    """YAML without merge keys: a few lines of these stand for more pairs than fit into memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse what would be flattened."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "merge keys are not read", key.start_mark)
+
+
 def split_card(text: str, name: str = "README.md") -> tuple[dict[str, Any], str]:
-    """(front matter, what follows it); without front matter ({}, text). Raises CorruptFileError for bad YAML."""
+    """(front matter, what follows it); without front matter ({}, text).
+
+    Raises CorruptFileError for YAML that does not parse, has merge keys or is longer than 64 KiB.
+    """
     match = re.match(r"---\s*\n(.*?)\n---\s*\n?(.*)", text, re.DOTALL)
     try:
-        fields = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError as error:
+        if match and len(match[1]) > MAX_FRONT_MATTER:
+            raise ValueError(f"{len(match[1])} characters, at most {MAX_FRONT_MATTER} are read")
+        fields = yaml.load(match[1], _CardLoader) if match else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise CorruptFileError(
             f"the front matter of {name} is not YAML",
             expected="YAML between two lines ---",
-            found=str(error),
+            found=str(error)[:500],
             remedy="correct README.md",
         ) from None
     return fields if isinstance(fields, dict) else {}, match[2] if match else text
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else value[0] if isinstance(value, list) and value else None
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, str) else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _first_paragraph(text: str) -> str:

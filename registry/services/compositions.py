@@ -31,6 +31,7 @@ from composer.provenance import manifest_digest
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
+from composer.templates import chat_templates, template_diff
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
@@ -252,6 +253,7 @@ class Compositions:
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
         companions = {name: len(data) for name, data in along}
+        base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -265,6 +267,7 @@ class Compositions:
                     weight=item.term.weight,
                     verdict=item.verdict,
                     tensors=count,
+                    chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
                 for item, count in zip(resolved.adapters, per_term, strict=True)
             ),

@@ -21,8 +21,9 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from composer.adapters import open_adapter
+from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
-from composer.files import FileSet, refuse_pickles
+from composer.files import FileSet
 from composer.sinks import storage_errors
 from registry.access import Role
 from registry.claims import read_card
@@ -118,7 +119,7 @@ class Pushing:
             files = self._apply(before, operations)
             if commit_id(files.values()) == before.commit:
                 return Pushed(before.commit)
-            refuse_pickles({path: Path(path) for path in files}, "safetensors")
+            refuse_unsafe(files)
             outcome = self._publish(place, files) if branch == MAIN else self._draft(files)
             oid = commit_id(outcome.files.values())
             with session_scope(self._engine, writes=True) as session:
