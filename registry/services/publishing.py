@@ -22,7 +22,7 @@ from composer.adapters import Adapter, Target, open_adapter
 from composer.admission import admit, left_out, split_unsafe
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
-from composer.files import FileSet, sha256_file
+from composer.files import FileSet
 from composer.finite import count_nonfinite
 from composer.provenance import manifest_digest
 from composer.templates import chat_templates, template_diff
@@ -131,9 +131,10 @@ class Publishing:
     ) -> BaseInfo:
         """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
         kept, unsafe = split_unsafe(checkpoint.files)
-        admit({file: checkpoint.files[file] for file in kept})
+        paths = {file: checkpoint.files[file] for file in kept}
+        admit(paths)
         warnings = tuple(left_out(unsafe))
-        files = [(file, checkpoint.files[file], sha256_file(checkpoint.files[file])) for file in kept]
+        files = [(file, path, self._store.chunks.measure(path)[0]) for file, path in paths.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
             held = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))

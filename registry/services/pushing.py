@@ -195,11 +195,11 @@ class Pushing:
         size = self._store.path(item.sha256).stat().st_size
         return FileInfo(name=item.path, size=size, sha256=item.sha256)
 
-    def _paths(self, files: Mapping[str, FileInfo]) -> dict[str, Path]:
-        return {path: self._store.path(file.sha256) for path, file in files.items()}
+    def _paths(self, files: Mapping[str, FileInfo], *, verify: bool = False) -> dict[str, Path]:
+        return {path: self._store.path(file.sha256, verify=verify) for path, file in files.items()}
 
     def _publish(self, place: Located, files: Mapping[str, FileInfo]) -> _Outcome:
-        paths = self._paths(files)
+        paths = self._paths(files, verify=True)
         read_card(paths.get(CARD))  # a card that does not parse is refused, whatever it lies beside
         kind = holding(paths)
         if kind is Holding.ADAPTER and place.base is None:
