@@ -89,12 +89,12 @@ class VerifiedFile:
         if start >= stop:
             return b""
         first = start // CHUNK
-        pieces = [data for _, data in self._chunks(first, -(-stop // CHUNK))]
+        pieces = [bytes(data) for data in self._chunks(first, -(-stop // CHUNK))]
         return b"".join(pieces)[start - first * CHUNK : stop - first * CHUNK]
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
         """Read all of it; `advance` is called with the bytes of each chunk. Raises BlobCorruptError."""
-        for _, data in self._chunks(0, len(self.digests)):
+        for data in self._chunks(0, len(self.digests)):
             advance(len(data))
 
     def damaged_ranges(self, advance: Callable[[int], None] = lambda count: None) -> list[tuple[int, int]]:
@@ -110,14 +110,14 @@ class VerifiedFile:
             found.append((start, stop))
         return found
 
-    def _chunks(self, first: int, last: int) -> Iterator[tuple[int, memoryview]]:
+    def _chunks(self, first: int, last: int) -> Iterator[memoryview]:
         for index, data in self._read(first, last):
             if not self._is_whole(index, data):
                 begin = index * CHUNK
                 raise damaged(
                     self.path, f"bytes {begin} to {begin + self._length(index) - 1} as they were stored", "others"
                 )
-            yield index, data
+            yield data
 
     def _is_whole(self, index: int, data: memoryview) -> bool:
         return len(data) == self._length(index) and blake3(data).digest() == self.digests[index]
@@ -126,15 +126,15 @@ class VerifiedFile:
         return min(CHUNK, self.size - index * CHUNK)
 
     def _read(self, first: int, last: int) -> Iterator[tuple[int, memoryview]]:
-        """Chunks of the file, in memory of their own only where several are asked for at a time."""
+        """Chunks of the file by their index, each valid until the next one is asked for: fresh memory costs."""
+        buffer = memoryview(bytearray(min(CHUNK, self.size)))
         with storage_errors(f"reading {self.path.name}"), self.path.open("rb", buffering=0) as file:
             file.seek(first * CHUNK)
             for index in range(first, last):
-                buffer = memoryview(bytearray(self._length(index)))
-                got = 0
-                while got < len(buffer) and (count := file.readinto(buffer[got:])):
+                view, got = buffer[: self._length(index)], 0
+                while got < len(view) and (count := file.readinto(view[got:])):
                     got += count
-                yield index, buffer[:got]
+                yield index, view[:got]
 
 
 class ChunkStore:
