@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from composer.adapters import Adapter
 from composer.checkpoint import open_checkpoint
 from composer.errors import CorruptFileError
+from composer.safe_yaml import load_yaml
 from registry.compat import BaseClaim
 from registry.fingerprint import Fingerprint, fingerprint_checkpoint
 from registry.interface import Progress
@@ -25,7 +24,6 @@ __all__ = ["Card", "claim_from_folder", "read_card", "split_card"]
 
 FINGERPRINT = re.compile(r"wf1:[0-9a-f]{64}")
 MAX_CARD_BYTES = 1 << 20
-MAX_FRONT_MATTER = 64 << 10
 TEMPLATE = "[More Information Needed]"  # what PEFT writes into a card that nobody filled in
 
 
@@ -55,16 +53,6 @@ def read_card(path: Path | None) -> Card:
     )
 
 
-class _CardLoader(yaml.SafeLoader):
-    """YAML without merge keys: a few lines of these stand for more pairs than fit into memory."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Refuse what would be flattened."""
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, "merge keys are not read", key.start_mark)
-
-
 def split_card(text: str, name: str = "README.md") -> tuple[dict[str, Any], str]:
     """(front matter, what follows it); without front matter ({}, text).
 
@@ -72,14 +60,12 @@ def split_card(text: str, name: str = "README.md") -> tuple[dict[str, Any], str]
     """
     match = re.match(r"---\s*\n(.*?)\n---\s*\n?(.*)", text, re.DOTALL)
     try:
-        if match and len(match[1]) > MAX_FRONT_MATTER:
-            raise ValueError(f"{len(match[1])} characters, at most {MAX_FRONT_MATTER} are read")
-        fields = yaml.load(match[1], _CardLoader) if match else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        fields = load_yaml(match[1]) if match else {}
+    except ValueError as error:
         raise CorruptFileError(
             f"the front matter of {name} is not YAML",
             expected="YAML between two lines ---",
-            found=str(error)[:500],
+            found=str(error),
             remedy="correct README.md",
         ) from None
     return fields if isinstance(fields, dict) else {}, match[2] if match else text
