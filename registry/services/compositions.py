@@ -12,13 +12,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, select
+from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 
 import registry
 from composer.adapters import Adapter, open_adapter
@@ -331,6 +332,7 @@ class Compositions:
             key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
+            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
             return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
@@ -444,17 +446,19 @@ class Compositions:
         return make_plan(resolved.recipe, resolved.target.checkpoint, terms, resolved.base.checkpoint)
 
     def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:
-        with session_scope(self._engine, writes=True) as session:
-            if session.scalar(select(CompositionRow).where(CompositionRow.key == key)) is None:
-                session.add(
-                    CompositionRow(
-                        key=key,
-                        recipe=resolved.recipe.model_dump(mode="json"),
-                        inputs=resolved.inputs,
-                        output_digest=record["output_digest"],
-                        parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
-                    )
-                )
+        known = select(CompositionRow.id).where(CompositionRow.key == key)
+        with session_scope(self._engine) as session:
+            if session.scalar(known) is not None:
+                return
+        row = CompositionRow(
+            key=key,
+            recipe=resolved.recipe.model_dump(mode="json"),
+            inputs=resolved.inputs,
+            output_digest=record["output_digest"],
+            parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
+        )
+        with suppress(DatabaseIntegrityError), session_scope(self._engine, writes=True) as session:
+            session.add(row)  # where somebody else composed the same just now, it is there
 
 
 def _require(allow: Allow, item: ResolvedAdapter, base: str) -> None:
