@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from composer.adapters import open_adapter
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
 from composer.files import FileSet, refuse_pickles
-from composer.sinks import storage_errors
+from composer.sinks import fsync_tree, storage_errors
 from registry.access import Role
 from registry.claims import read_card
 from registry.db import session_scope
@@ -32,6 +32,7 @@ from registry.models import BaseModelRow, CommitFileRow, CommitRow, RefRow, Repo
 from registry.names import DEFAULT_NAMESPACE
 from registry.pushes import CARD, CONFIG, Holding, base_reference, complete_card, complete_config, holding
 from registry.schemas import FileInfo
+from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
@@ -139,6 +140,7 @@ class Pushing:
                 found = _at_branch(session, place, branch).commit
                 if found not in (before.commit, oid):
                     raise _stale(name, before.commit, found)
+                require_blobs(session, self._store, {path: file.sha256 for path, file in outcome.files.items()})
                 repository = own_repository(session, place)
                 row = keep_commit(session, repository, oid, outcome.files, before.commit, title, message)
                 row.version_id, row.base_id = self._nouns(session, name, outcome)
@@ -198,7 +200,7 @@ class Pushing:
 
     def _entry(self, item: Put) -> FileInfo:
         named = item.sent or self._received.may_name(item.sha256)
-        if not (named and self._store.holds(item.sha256)):
+        if not (named and self._store.keep(item.sha256)):
             raise CorruptFileError(
                 f"the bytes of {item.path} were not uploaded",
                 expected=f"sha256 {item.sha256}",
@@ -297,6 +299,7 @@ class Pushing:
                     os.link(path, place)
                 except OSError:  # another file system
                     shutil.copyfile(path, place)
+            fsync_tree(folder.parent)
         return folder
 
     @staticmethod

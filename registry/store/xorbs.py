@@ -29,7 +29,7 @@ import numpy as np
 from blake3 import blake3
 
 from composer.errors import CorruptFileError, NotFoundError, UsageError
-from composer.sinks import fsync_folder, storage_errors
+from composer.sinks import fsync_folder, make_folder, storage_errors
 from registry.store.layout import Layout
 
 __all__ = ["MAX_XORB", "Piece", "XorbStore", "collect_places", "hash_text", "missing_xorb", "xorb_hash"]
@@ -91,7 +91,7 @@ class XorbStore:
                     raise CorruptFileError("the chunks are not those of the xorb", expected=name, found=found)
                 if self._placed(name):
                     return
-                place.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(place.parent)
                 os.replace(aside, place)
                 fsync_folder(place.parent)
             finally:
