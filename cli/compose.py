@@ -59,6 +59,13 @@ def recipe_options(command: F) -> F:
         "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
     )(command)
     command = click.option(
+        "--separate",
+        "placement",
+        flag_value="separate",
+        default="merged",
+        help="With --export onnx: one graph of the base, and a file for each adapter that a session activates.",
+    )(command)
+    command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
     )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
@@ -83,9 +90,15 @@ def recipe_options(command: F) -> F:
 
 def to_recipe(text: str, parameters: tuple[str, ...], **words: Any) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
-    from composer.recipe import Allow, BasePrecision, Dtype, Export, load_recipe, parse_recipe
+    from composer.recipe import Allow, BasePrecision, Dtype, Export, Placement, load_recipe, parse_recipe
 
-    enums = {"dtype": Dtype, "export": Export, "allow": Allow, "base_precision": BasePrecision}
+    enums = {
+        "dtype": Dtype,
+        "export": Export,
+        "allow": Allow,
+        "base_precision": BasePrecision,
+        "placement": Placement,
+    }
     words = {name: enums[name](word) if name in enums else word for name, word in words.items()}
     words["parameters"] = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
@@ -120,6 +133,7 @@ def default_out(recipe: Recipe) -> Path:
         name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
+    export += "" if recipe.placement.value == "merged" else f"-{recipe.placement.value}"
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
     rank = "" if recipe.rank is None else f"-r{recipe.rank}"
     precision = "-original" if recipe.base_precision.value == "original" else ""

@@ -60,6 +60,11 @@ class Verification:
     tolerance: float
     checks: tuple[dict[str, Any], ...]
 
+    def joined(self, other: Verification) -> Verification:
+        """Both as one; each has passed by its own tolerance."""
+        largest, tolerance = max((self.max_abs_diff, self.tolerance), (other.max_abs_diff, other.tolerance))
+        return Verification(largest, tolerance, (*self.checks, *other.checks))
+
 
 def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verification:
     """Compare the graph in `model_path` with the torch model in `folder`.
