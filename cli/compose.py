@@ -1,4 +1,4 @@
-"""Recipes: plan, compose, undo; and inspect, which looks at what came of them."""
+"""Recipes: plan, compose, append, undo; and inspect, which looks at what came of them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,12 @@ def recipe_options(command: F) -> F:
     )(command)
     command = click.option(
         "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
+    )(command)
+    command = click.option(
+        "--multi",
+        "placement",
+        flag_value="multi",
+        help="With --export onnx: one graph of the base with all adapters in it, chosen for each row of a batch.",
     )(command)
     command = click.option(
         "--separate",
@@ -245,6 +251,41 @@ def undo(settings: Settings, folder: Path, adapters: tuple[str, ...], out: Path,
 
 
 @click.command()
+@click.argument("folder", metavar="COMPOSED", type=click.Path(path_type=Path))
+@click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
+@click.option(
+    "--allow",
+    type=click.Choice(ALLOW),
+    default="same-values",
+    show_default=True,
+    help="The weakest compatibility to accept.",
+)
+@click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
+@common_options
+@pass_settings
+def append(settings: Settings, folder: Path, adapters: tuple[str, ...], allow: str, accept_licences: bool) -> None:
+    """Add adapters to the graph in COMPOSED, which was composed with --export onnx --multi.
+
+    ADAPTER is written as in a recipe. What is there is not touched: vectors are added at the end of their files, and
+    the new adapters take the next numbers. The files are then those of composing all at once.
+    """
+    from cli.views import composition_block
+    from composer.recipe import Allow
+    from registry.appending import append as add
+
+    with settings.progress() as progress:
+        result = add(
+            settings.registry,
+            folder,
+            adapters,
+            allow=Allow(allow),
+            accept_licences=accept_licences,
+            progress=progress,
+        )
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
 @click.argument("ref", metavar="REF|PATH")
 @common_options
 @pass_settings
@@ -260,4 +301,4 @@ def inspect(settings: Settings, ref: str) -> None:
     emit(settings, facts, lambda: inspection(facts), lambda: name)
 
 
-COMMANDS = {"plan": plan, "compose": compose, "undo": undo, "inspect": inspect}
+COMMANDS = {"plan": plan, "compose": compose, "append": append, "undo": undo, "inspect": inspect}

@@ -3,6 +3,7 @@
     y = x·W + (x·A)·B     A [in, r], B [r, out], float32; the weight and the scale (alpha / r, alpha / √r) are in B
 
 separate   one graph, and a file for each adapter that a session activates for all of its rows
+multi      one graph that holds all of them, and a number for each row of a batch that says whose it is
 
 The merged weights are the base's own. What is no product of two factors beside a linear layer cannot be kept so.
 """
@@ -26,7 +27,7 @@ from composer.plan import Plan, TensorJob, Term, WeightedDelta
 from composer.recipe import Export, Recipe
 from composer.tensors import DTYPES
 
-__all__ = ["ApartAdapter", "adapter_names", "check_placement", "keep_apart", "load_factors"]
+__all__ = ["ApartAdapter", "adapter_names", "check_placement", "keep_apart", "load_factors", "rank_of"]
 
 REASONS = {
     Dora: "DoRA divides by the norm of the changed weight, which is no sum",
@@ -45,11 +46,6 @@ class ApartAdapter:
     name: str
     term: int
     deltas: tuple[tuple[TensorJob, WeightedDelta], ...]
-
-    @property
-    def rank(self) -> int:
-        """The largest of its modules."""
-        return max(item.delta.a.shape[0] for _, item in self.deltas)
 
 
 def check_placement(recipe: Recipe) -> None:
@@ -121,6 +117,11 @@ def adapter_names(labels: Sequence[str]) -> list[str]:
     return names
 
 
+def rank_of(item: WeightedDelta) -> int:
+    """The rank of its factors; of one that was pruned to nothing it is 1, of zeros."""
+    return max(1, item.delta.a.shape[0])
+
+
 def load_factors(job: TensorJob, item: WeightedDelta) -> tuple[np.ndarray, np.ndarray]:
     """A [in, r] and B [r, out] of one delta, float32, C-contiguous.
 
@@ -157,5 +158,5 @@ def _refuse(term: Term, reason: str, found: str) -> UnsupportedAdapterError:
         f"{term.label} cannot be kept apart from the weights: {reason}",
         expected="low-rank factors of linear layers: LoRA (with rsLoRA, patterns, Conv1D) and AdaLoRA",
         found=found,
-        remedy="merge it: leave --separate out",
+        remedy="merge it: leave --separate and --multi out",
     )

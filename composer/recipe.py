@@ -76,10 +76,11 @@ class Export(StrEnum):
 
 
 class Placement(StrEnum):
-    """Where adapters go: into the weights, or into files that a session activates."""
+    """Where adapters go: into the weights, into files that a session activates, or into one graph, row by row."""
 
     MERGED = "merged"
     SEPARATE = "separate"
+    MULTI = "multi"
 
 
 class Allow(StrEnum):

@@ -53,6 +53,7 @@ __all__ = [
     "generate",
     "open_session",
     "supported",
+    "write_aside",
 ]
 
 MODEL_FILE = "model.onnx"
@@ -137,7 +138,7 @@ def export_onnx(
     if apart is not None:
         apart.insert(bound.model)
     graph.metadata_props.add(key="composer.graph_digest", value=digest)
-    aside = _write_aside(folder, bound.model)
+    aside = write_aside(folder, bound.model)
     clock.append(time.perf_counter())
     try:
         say(f"verify {architecture.name} in ONNX Runtime against torch")
@@ -188,7 +189,7 @@ def _graph(
     return graph, False
 
 
-def _write_aside(folder: Path, model: onnx.ModelProto) -> Path:
+def write_aside(folder: Path, model: onnx.ModelProto) -> Path:
     """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MODEL_FILE}.", suffix=".tmp")
     try:

@@ -10,31 +10,32 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from composer.errors import OnnxExportError
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Site", "find_sites", "place_nodes"]
+__all__ = ["Form", "Site", "find_sites", "place_nodes"]
 
+Form = Literal["tokens", "flat", "pooled"]
 LINEAR = ("MatMul", "Gemm", "FusedMatMul")
-GEMM_RANK = 2
+FLAT = 2  # dimensions
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """The product of one weight: `module` is its name without ``.weight``.
 
-    x: the name of its input. flat: whether that is [tokens, in], all rows of the batch one after the other, in place of
-    [batch, tokens, in].
+    x: the name of its input, whose shape is [batch, tokens, in] ("tokens"), [batch · tokens, in] ("flat") or
+    [batch, in] ("pooled").
     """
 
     module: str
     node: onnx.NodeProto
     x: str
-    flat: bool
+    form: Form
 
     @property
     def base_output(self) -> str:
@@ -51,12 +52,20 @@ def find_sites(graph: onnx.GraphProto, targets: Iterable[str]) -> list[Site]:
     for place, node in enumerate(graph.node):
         for name in dict.fromkeys(node.input):
             readers[name].append((place, node))
-    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in graph.value_info}
-    found = [_find(target, readers, ranks) for target in targets]
+    shapes = {item.name: _shape(item) for item in (*graph.value_info, *graph.input, *graph.output)}
+    found = [_find(target, readers, shapes) for target in targets]
     return [site for _, site in sorted(found, key=lambda item: item[0])]
 
 
-def _find(target: str, readers: dict[str, list[tuple[int, onnx.NodeProto]]], ranks: dict[str, int]) -> tuple[int, Site]:
+def _shape(item: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in item.type.tensor_type.shape.dim)
+
+
+def _find(
+    target: str,
+    readers: dict[str, list[tuple[int, onnx.NodeProto]]],
+    shapes: dict[str, tuple[int | str, ...]],
+) -> tuple[int, Site]:
     value = target
     while True:
         found = readers.get(value, [])
@@ -66,13 +75,16 @@ def _find(target: str, readers: dict[str, list[tuple[int, onnx.NodeProto]]], ran
                 f"onnx: {target}: an adapter cannot be added beside it: the graph reads it by {operators}",
                 expected="one linear layer",
                 found=operators,
-                remedy="merge the adapter: leave --separate out",
+                remedy="merge the adapter: leave --separate and --multi out",
                 keys=[target],
             )
         place, node = found[0]
         if node.op_type in LINEAR and node.input[1] == value:
-            rank = GEMM_RANK if node.op_type == "Gemm" else ranks.get(node.output[0])
-            return place, Site(target.removesuffix(".weight"), node, node.input[0], rank == GEMM_RANK)
+            shape = shapes.get(node.output[0], ())
+            form: Form = "flat" if node.op_type == "Gemm" or len(shape) == FLAT else "tokens"
+            if form == "flat" and shape[:1] == shapes["input_ids"][:1]:
+                form = "pooled"
+            return place, Site(target.removesuffix(".weight"), node, node.input[0], form)
         value = node.output[0]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,21 @@ import torch
 import transformers
 
 from composer.errors import (
+    ConflictError,
     IncompatibleError,
     NotFoundError,
+    OnnxExportError,
     OnnxVerificationError,
     RecipeError,
     UnsupportedAdapterError,
+    UsageError,
 )
 from composer.exporters import find_exporter, prepare_export
+from composer.exporters.onnx import append as append_module
 from composer.exporters.onnx import generate, open_session
 from composer.exporters.onnx import separate as separate_module
 from composer.exporters.onnx.adapted import activate, adapters_in
+from composer.exporters.onnx.append import append_adapters
 from composer.exporters.onnx.session import forward
 from composer.recipe import Export, Placement
 from composer.run import Outcome, compose
@@ -48,7 +56,14 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         {"r": 2, "target_modules": ["c_fc"], "fan_in_fan_out": True},
     ],
+    "bert": [
+        {"target_modules": ["query", "value"]},
+        {"r": 2, "target_modules": ["query", "dense", "classifier"]},
+    ],
 }
+CAUSAL = ("llama", "gpt2")
+AUTO = ("AutoModelForSequenceClassification", "AutoModelForCausalLM")
+Models = dict[str, tuple[Path, list[Path]]]
 IDS = torch.tensor([[5, 9, 11, 40, 3, 77, 2], [8, 8, 1, 90, 4, 6, 30]])
 
 
@@ -59,15 +74,15 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, tuple[Path, list[Path]]]:
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Models:
     """A base by name, and its adapters: of different ranks, targets and scales."""
     root = tmp_path_factory.mktemp("apart")
-    bases = {"llama": tiny_llama, "gpt2": save_model(make_model("gpt2"), root / "gpt2")}
+    bases = {"llama": tiny_llama, **{name: save_model(make_model(name), root / name) for name in ("gpt2", "bert")}}
     return {
         name: (
             base,
             [
-                random_lora(base, root / f"{name}-{number}", seed=number, **config)
+                random_lora(base, root / f"{name}-{number}", seed=number, auto=AUTO[name in CAUSAL], **config)
                 for number, config in enumerate(LAYOUTS[name])
             ],
         )
@@ -83,7 +98,9 @@ def export(base: Path, adapters: list[Path], out: Path, graphs: Path, placement:
 
 def peft_logits(base: Path, adapter: Path | None, ids: torch.Tensor) -> np.ndarray:
     """PEFT live on the float32 base; the base itself where there is no adapter."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(base)
+    auto = AUTO["CausalLM" in config.architectures[0] or "LMHead" in config.architectures[0]]
+    model = getattr(transformers, auto).from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
@@ -96,10 +113,8 @@ def run(session: Any, ids: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_each_separate_adapter_is_what_peft_computes(
-    name: str, models: dict[str, tuple[Path, list[Path]]], graphs: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", CAUSAL)
+def test_each_separate_adapter_is_what_peft_computes(name: str, models: Models, graphs: Path, tmp_path: Path) -> None:
     """Oracle: PEFT live, whatever ranks, scales, targets and layout; with none active, the base; its bytes stay."""
     base, adapters = models[name]
     outcome = export(base, adapters, tmp_path / "out", graphs, Placement.SEPARATE)
@@ -119,7 +134,99 @@ def test_each_separate_adapter_is_what_peft_computes(
 
 
 @pytest.mark.slow
-def test_genai_loads_the_same_files(models: dict[str, tuple[Path, list[Path]]], graphs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CAUSAL)
+def test_rows_of_one_batch_have_adapters_of_their_own(name: str, models: Models, graphs: Path, tmp_path: Path) -> None:
+    """Oracle: PEFT live on each row alone. Ranks, targets and lengths differ; padding is on the left; some are the base.
+
+    Prefill and four tokens decoded with the cache, each logit to 1e-5; the base's bytes stay.
+    """
+    base, adapters = models[name]
+    outcome = export(base, adapters, tmp_path / "out", graphs, Placement.MULTI)
+    paths = [adapters[0], None, adapters[1], adapters[0], adapters[-1]]
+    session = open_session(outcome.out / "model.onnx", threads=1)
+    adapted = activate(session, outcome.out, [path and path.name for path in paths])
+    rows = [IDS[0, :7], IDS[1, :3], IDS[1, :5], IDS[1, :6], IDS[0, :2]]
+    ids, mask = np.zeros((5, 7), np.int64), np.zeros((5, 7), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, 7 - len(row) :], mask[number, 7 - len(row) :] = row, 1
+    step, past, parts = ids, None, []
+    for _ in range(5):
+        logits, past = forward(adapted, step, mask, past)
+        parts.append(logits)
+        step = logits[:, -1].argmax(axis=-1)[:, None]
+        ids, mask = np.concatenate([ids, step], axis=1), np.concatenate([mask, np.ones_like(step)], axis=1)
+    found = np.concatenate(parts, axis=1)
+    for number, (path, row) in enumerate(zip(paths, rows, strict=True)):
+        start = 7 - len(row)
+        wanted = peft_logits(base, path, torch.from_numpy(ids[number : number + 1, start:-1]))
+        assert np.abs(found[number, start:] - wanted[0]).max() < 1e-5
+    stored, written = read_tensors(base), read_tensors(outcome.out)
+    assert all(torch.equal(stored[key], written[key]) for key in stored)
+    record = outcome.record["export"]
+    assert [(entry["name"], entry["id"]) for entry in record["adapters"]] == [
+        (path.name, number) for number, path in enumerate(adapters, 1)
+    ]
+    assert 0 < record["max_abs_diff"] < record["tolerance"]
+
+
+@pytest.mark.slow
+def test_a_classifier_takes_adapters_either_way(models: Models, graphs: Path, tmp_path: Path) -> None:
+    """Oracle: PEFT live, head and all; one row each, and one row padded on the right."""
+    base, adapters = models["bert"]
+    wanted = np.concatenate([peft_logits(base, path, IDS[:1] % 64) for path in (*adapters, None)])
+    ids = np.pad(np.repeat(IDS[:1].numpy() % 64, 3, axis=0), ((0, 0), (0, 2)))
+    mask = np.pad(np.ones((3, 7), np.int64), ((0, 0), (0, 2)))
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    multi = export(base, adapters, tmp_path / "multi", graphs, Placement.MULTI).out
+    names = [*(path.name for path in adapters), None]
+    session = activate(open_session(multi / "model.onnx", threads=1), multi, names)
+    assert np.abs(session.run(["logits"], feeds)[0] - wanted).max() < 1e-5
+    separate = export(base, adapters, tmp_path / "separate", graphs, Placement.SEPARATE).out
+    session = open_session(separate / "model.onnx", threads=1)
+    for number, path in enumerate(adapters):
+        found = activate(session, separate, path.name).run(["logits"], feeds)[0]
+        assert np.abs(found - wanted[number]).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_one_number_holds_for_all_rows_and_none_is_the_base(models: Models, graphs: Path, tmp_path: Path) -> None:
+    """A graph with adapters in it serves who knows nothing of them; names are as in separate files."""
+    base, adapters = models["llama"]
+    out = export(base, adapters, tmp_path / "out", graphs, Placement.MULTI).out
+    session = open_session(out / "model.onnx", threads=1)
+    for path in adapters:
+        alone, each = (run(activate(session, out, who), IDS) for who in (path.name, [path.name] * 2))
+        assert np.array_equal(alone, each)
+    assert np.array_equal(run(session, IDS), run(activate(session, out, [None, None]), IDS))
+    with pytest.raises(NotFoundError):
+        activate(session, out, [None, "missing"])
+    other = open_session(export(base, adapters, tmp_path / "separate", graphs, Placement.SEPARATE).out / "model.onnx")
+    with pytest.raises(UsageError, match="one adapter at a time"):
+        activate(other, tmp_path / "separate", [None, adapters[0].name])
+
+
+@pytest.mark.slow
+def test_more_adapters_are_longer_files_and_not_another_computation(
+    models: Models, graphs: Path, tmp_path: Path
+) -> None:
+    """With 2 and with 12 adapters the graphs have the same nodes: what they gather from is longer, nothing else."""
+    onnx = pytest.importorskip("onnx")
+    base, adapters = models["llama"]
+    graph: list[Any] = []
+    for count in (2, 12):
+        out = export(base, [adapters[0], *[adapters[1]] * (count - 1)], tmp_path / str(count), graphs, Placement.MULTI)
+        graph.append(onnx.load(out.out / "model.onnx", load_external_data=False).graph)
+    few, many = ([node.SerializeToString() for node in each.node] for each in graph)
+    assert few == many
+    few, many = ({item.name: tuple(item.dims) for item in each.initializer} for each in graph)
+    grown = {name for name, shape in few.items() if many[name] != shape}
+    assert few.keys() == many.keys()
+    assert grown == {"adapters/index", "adapters/vectors_64", "adapters/vectors_32"}
+    assert many["adapters/index"][0] - few["adapters/index"][0] == 10
+
+
+@pytest.mark.slow
+def test_genai_loads_the_same_files(models: Models, graphs: Path, tmp_path: Path) -> None:
     """Oracle: our own greedy generation; onnxruntime-genai needs a config of its own beside the graph."""
     genai = pytest.importorskip("onnxruntime_genai")
     base, adapters = models["llama"]
@@ -178,7 +285,7 @@ def test_genai_loads_the_same_files(models: dict[str, tuple[Path, list[Path]]], 
 
 @pytest.mark.slow
 def test_a_separate_adapter_with_wrong_numbers_is_not_published(
-    models: dict[str, tuple[Path, list[Path]]], graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The verification runs each file: one whose factors are off by 1% fails, and nothing is left."""
     base, adapters = models["llama"]
@@ -194,9 +301,7 @@ def test_a_separate_adapter_with_wrong_numbers_is_not_published(
 
 
 @pytest.mark.slow
-def test_an_unknown_name_is_an_error_that_lists_the_known(
-    models: dict[str, tuple[Path, list[Path]]], graphs: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_known(models: Models, graphs: Path, tmp_path: Path) -> None:
     """Two adapters of one name get numbers, and a name that is none of them says so."""
     base, adapters = models["llama"]
     out = export(base, [adapters[1], adapters[1]], tmp_path / "out", graphs, Placement.SEPARATE).out
@@ -219,7 +324,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(
     ],
 )
 def test_what_is_no_product_beside_a_linear_layer_is_refused(
-    config: dict[str, Any], reason: str, models: dict[str, tuple[Path, list[Path]]], tmp_path: Path
+    config: dict[str, Any], reason: str, models: Models, tmp_path: Path
 ) -> None:
     """By the adapter's name and with the reason, before anything is written."""
     base = models["gpt2" if config.get("fan_in_fan_out") else "llama"][0]
@@ -264,9 +369,7 @@ def test_replicated_layers_are_refused(tiny_llama: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_plan_bounds_the_files_and_the_weight_is_folded_in(
-    models: dict[str, tuple[Path, list[Path]]], graphs: Path, tmp_path: Path
-) -> None:
+def test_the_plan_bounds_the_files_and_the_weight_is_folded_in(models: Models, graphs: Path, tmp_path: Path) -> None:
     """Planned bytes hold and are not far off; a weight of 0.5 is half of the change, of a linear head exactly so."""
     base, adapters = models["llama"]
     head = random_lora(base, tmp_path / "head", target_modules=["lm_head"])
@@ -281,3 +384,76 @@ def test_the_plan_bounds_the_files_and_the_weight_is_folded_in(
     none, whole = run(session, IDS), run(activate(session, outcome.out, "head"), IDS)
     half = run(activate(session, outcome.out, "head-2"), IDS)
     assert np.allclose(half - none, (whole - none) / 2, rtol=0, atol=1e-6)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file but the record."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "composition.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAUSAL)
+def test_adding_later_gives_the_bytes_of_composing_at_once(
+    name: str, models: Models, graphs: Path, tmp_path: Path
+) -> None:
+    """Base weights and vectors that are there stay as they lie; other ranks and targets than before may come."""
+    base, adapters = models[name]
+    all_of = adapters[::-1]  # the last has the fewest modules: the others bring new ones, and larger ranks
+    whole = export(base, all_of, tmp_path / "whole", graphs, Placement.MULTI)
+    out = export(base, all_of[:1], tmp_path / "out", graphs, Placement.MULTI).out
+    for path in all_of[1:]:
+        before = folder_bytes(out)
+        nodes = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
+        added = export(base, [path], tmp_path / f"only-{path.name}", graphs, Placement.MULTI).out
+        record = append_adapters(out, added)
+        for file, data in before.items():
+            if file.startswith("adapters-index"):
+                assert not (out / file).exists()
+            elif file.endswith(".safetensors"):
+                assert (out / file).stat().st_ino == nodes[file]
+                assert (out / file).read_bytes()[4096 : len(data)] == data[4096:]
+    assert folder_bytes(out) == folder_bytes(whole.out)
+    assert record == json.loads((out / "composition.json").read_text())
+    for field in ("output_digest", "outputs", "adapters"):
+        assert record[field] == whole.record[field]
+    assert record["export"]["adapters"] == whole.record["export"]["adapters"]
+
+
+@pytest.mark.slow
+def test_an_addition_that_fails_leaves_the_folder_as_it_was(
+    models: Models, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong numbers, another base, another placement, a writer beside; and leftovers of a crash are cut off."""
+    base, adapters = models["llama"]
+    out = export(base, adapters[1:2], tmp_path / "out", graphs, Placement.MULTI).out
+    added = export(base, adapters[:1], tmp_path / "added", graphs, Placement.MULTI).out
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refused(error: type[Exception], match: str, other: Path = added) -> None:
+        with pytest.raises(error, match=match):
+            append_adapters(out, other)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    with monkeypatch.context() as patched:
+        make = append_module.make_index
+        patched.setattr(append_module, "make_index", lambda groups, blocks: make(groups, blocks[::-1]))
+        refused(OnnxVerificationError, "differs from what it was made of")
+    with monkeypatch.context() as patched:
+        patched.setattr(append_module, "write_aside", lambda *_: 1 / 0)
+        refused(ZeroDivisionError, "division")
+    refused(OnnxExportError, "no adapters that could be added", export(base, adapters[:1], tmp_path / "separate", graphs,
+                                                                       Placement.SEPARATE).out)  # fmt: skip
+    other = shutil.copytree(added, tmp_path / "other")
+    record = json.loads((other / "composition.json").read_text())
+    record["outputs"]["model.safetensors"]["sha256"] = "0" * 64
+    (other / "composition.json").write_text(json.dumps(record))
+    refused(IncompatibleError, "another base", other)
+    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    refused(ConflictError, "someone else")
+    os.close(descriptor)
+    with (out / "adapters-64.safetensors").open("ab") as file:
+        file.write(b"left over by a process that died")
+    append_adapters(out, added)
+    whole = export(base, [adapters[1], adapters[0]], tmp_path / "whole", graphs, Placement.MULTI).out
+    assert folder_bytes(out) == folder_bytes(whole)
