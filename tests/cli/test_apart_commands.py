@@ -25,8 +25,11 @@ def test_the_plan_says_what_is_written_beside_the_base(two: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_service_composes_the_same_bytes(two: Any, service: str) -> None:
-    """The option reaches the job and its key: one result here and there, and another than that of merging."""
+def test_a_service_composes_and_adds_the_same_bytes(two: Any, service: str) -> None:
+    """The option reaches the job and its key: one result here and there, and another than that of merging.
+
+    Adapters that are added to a graph of several, here and through the service, give what composing at once gives.
+    """
     pytest.importorskip("onnxruntime")
     here = json.loads(two("compose", *RECIPE, "-o", "here", "--format", "json").stdout)
     there = json.loads(two("--url", service, "compose", *RECIPE, "-o", "there", "--format", "json").stdout)
@@ -37,3 +40,16 @@ def test_a_service_composes_the_same_bytes(two: Any, service: str) -> None:
     found = [(item["ref"], item["weight"], item["digest"][:7]) for item in here["record"]["adapters"]]
     assert found == [("team/shout@0.1.0", 1.0, "sha256:"), ("team/json@0.1.0", 0.5, "sha256:")]
     assert "separate: shout, json" in two("compose", *RECIPE, "-o", "here").stdout
+    many = ("--export", "onnx", "--multi", "--format", "json")
+    whole = json.loads(two("compose", "tiny+team/shout+team/json:0.5", *many, "-o", "whole").stdout)
+    for name, words in (("near", ()), ("far", ("--url", service))):
+        two(*words, "compose", "tiny+team/shout", *many, "-o", name)
+        added = json.loads(two(*words, "append", name, "team/json:0.5", "--format", "json").stdout)
+        assert added["output_digest"] == whole["output_digest"]
+        assert added["recipe_text"].endswith("team/shout+team/json:0.5")
+        assert json.loads(two("inspect", f"./{name}", "--format", "json").stdout)["intact"]
+    assert "multi: shout, json, json-2" in two("append", "near", "team/json").stdout
+    two("append", "here", "team/json", code=2)
+    two("append", "nowhere", "team/json", code=3)
+    two("append", "near", "team/none", code=3)
+    two("undo", "near", "--adapter", "team/json", "-o", "back")

@@ -7,8 +7,8 @@
       the headers, model.onnx,        4.    in this order; the old index goes
       composition.json
 
-The files are then those of composing base + a + b + c at once, byte for byte. What fails before step 4 is cut off again;
-where a process dies, the next call does that, because the graph says how much of each file counts.
+The files are then those of composing base + a + b + c at once, byte for byte. What fails before step 4 is cut off
+again; where a process dies, the next call does that, because the graph says how much of each file counts.
 """
 
 from __future__ import annotations

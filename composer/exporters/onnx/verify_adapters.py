@@ -28,9 +28,9 @@ from composer.exporters.onnx.verify import (
     Verification,
     _longest,
     _pad,
-    _random_prompts,
-    _text_prompts,
+    prompt_rows,
 )
+from composer.renames import module_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ def verify_adapters(
         live = LiveModel(module, folder, architecture)
         session = open_session(model_path)
         longest = _longest(module.config)
-        prompts = [*_text_prompts(folder, module.config, longest), *_random_prompts(module.config, longest)]
+        prompts = prompt_rows(folder, module.config, longest)
         checks, largest, scale = [], 0.0, 0.0
         for number, batch in enumerate(batches):
             names = [None if index is None else adapters[index].name for index in batch]
@@ -103,7 +103,8 @@ def _compare(
     texts, found = run(session, live, architecture, rows)
     difference, absmax = 0.0, 0.0
     for index in dict.fromkeys(batch):
-        with merged(live.module, None if index is None else adapters[index]), torch.no_grad():
+        adapter = None if index is None else adapters[index]
+        with merged(live.module, adapter, architecture.family), torch.no_grad():
             for text, got, own in zip(texts, found, batch, strict=True):
                 if own != index:
                     continue
@@ -119,8 +120,6 @@ def _inputs(text: Sequence[int], architecture: Architecture) -> dict[str, torch.
 
     ids = torch.tensor([list(text)])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if architecture.is_causal:
-        inputs |= {"position_ids": torch.arange(ids.shape[1])[None]}
     if "token_type_ids" in architecture.inputs:
         inputs |= {"token_type_ids": torch.zeros_like(ids)}
     return inputs
@@ -161,10 +160,9 @@ def _run_encoder(
 
 
 @contextmanager
-def merged(module: torch.nn.Module, adapter: ApartAdapter | None) -> Iterator[None]:
+def merged(module: torch.nn.Module, adapter: ApartAdapter | None, family: str) -> Iterator[None]:
     """The module with an adapter's deltas added to its weights, which get their own values back."""
-    prefix = getattr(module, "base_model_prefix", "")
-    parameters = {key: value for name, value in module.named_parameters() for key in _keys(name, prefix)}
+    parameters = _parameters(module, adapter, family) if adapter else {}
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for job, item in adapter.deltas if adapter else ():
@@ -177,3 +175,10 @@ def merged(module: torch.nn.Module, adapter: ApartAdapter | None) -> Iterator[No
     finally:
         for parameter, before in kept:
             parameter.copy_(before)
+
+
+def _parameters(module: torch.nn.Module, adapter: ApartAdapter, family: str) -> dict[str, torch.nn.Parameter]:
+    """The module's parameters by the names that a checkpoint has for them."""
+    prefix = getattr(module, "base_model_prefix", "")
+    renamed = (module_names(family, tuple(job.name for job, _ in adapter.deltas)) if family else None) or {}
+    return {key: value for name, value in module.named_parameters() for key in _keys(name, prefix, renamed)}
