@@ -58,6 +58,8 @@ COMMANDS = {
     "resize": "convert",
     "delta": "delta",
     "inspect": "compose",
+    "sign": "provenance",
+    "verify": "provenance",
     "jobs": "jobs",
     "worker": "jobs",
     "bench": "bench",

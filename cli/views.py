@@ -24,6 +24,7 @@ from registry.schemas import (
     PlanInfo,
     TokenInfo,
     Verdict,
+    Verification,
     VersionInfo,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "plan_block",
     "token_table",
     "verdict_lines",
+    "verification_block",
     "version_block",
     "version_table",
 ]
@@ -245,6 +247,7 @@ def version_block(version: VersionInfo) -> str:
             ("tags", ", ".join(version.tags)),
             ("seen by", "members of its namespace" if version.private else None),
             ("description", version.description),
+            *(("signed by", f"{item.key} ({item.subject})") for item in version.signatures),
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]
     )
@@ -254,6 +257,21 @@ def version_block(version: VersionInfo) -> str:
 def files_table(files: Sequence[FileInfo]) -> str:
     """One line a file, digests in full."""
     return table(("FILE", "SIZE", "SHA256"), [(file.name, size(file.size), file.sha256) for file in files], "no files")
+
+
+def verification_block(found: Verification) -> str:
+    """What was checked, and held."""
+    return block(
+        [
+            ("verified", found.ref),
+            ("digest", found.digest),
+            ("files", found.files),
+            ("signed by", found.signed_by),
+            ("attestation", "signed, and says what composition.json says" if found.attested else None),
+            ("rebuilt", "every byte is the same" if found.rebuilt else None),
+            ("not signed", ", ".join(found.unsigned)),
+        ]
+    )
 
 
 def _reasons(verdict: Verdict) -> str:

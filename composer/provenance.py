@@ -35,7 +35,8 @@ def composition_record(
 ) -> dict[str, Any]:
     """The record as JSON-ready fields.
 
-    inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `warnings` and `advice`.
+    inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `licences`, `warnings` and
+    `advice`.
     """
     adapters = []
     warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
@@ -63,6 +64,7 @@ def composition_record(
         **({"additions": _additions(plan)} if plan.additions else {}),
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
         **({"config": plan.config_changes} if plan.config_changes else {}),
+        **({"licences": inputs["licences"]} if inputs.get("licences") else {}),
         "warnings": warnings,
         **({"advice": inputs["advice"]} if inputs.get("advice") else {}),
         "export": exported,

@@ -28,7 +28,9 @@ PolicyError
 └── DiskLimitError             a composition would take more of the disk than is allowed
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
-└── BlobCorruptError           a stored file no longer has its digest
+├── BlobCorruptError           a stored file no longer has its digest
+├── CompositionChangedError    a composed model is no longer what composition.json records, or never was
+└── SignatureError             a signature that is not by that key, or of other files
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ __all__ = [
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "CompositionChangedError",
     "DependentsError",
     "DiskLimitError",
     "EntryNotFoundError",
@@ -56,6 +59,7 @@ __all__ = [
     "RepositoryExistsError",
     "RepositoryNotFoundError",
     "RevisionNotFoundError",
+    "SignatureError",
     "StaleParentError",
     "VersionNotFoundError",
     "VersionTakenError",
@@ -163,6 +167,18 @@ class BlobCorruptError(IntegrityError):
     """A stored file no longer has its digest."""
 
     code = "blob-corrupt"
+
+
+class CompositionChangedError(IntegrityError):
+    """A composed model is not what its record says; `fields` lists the files that changed, are missing or are more."""
+
+    code = "composition-changed"
+
+
+class SignatureError(IntegrityError):
+    """A signature is not by that key, cannot be read, or is of other files, which `fields` lists."""
+
+    code = "bad-signature"
 
 
 class RepositoryNotFoundError(NotFoundError):

@@ -44,8 +44,12 @@ __all__ = [
     "PublishResult",
     "Reason",
     "Relation",
+    "SignatureInfo",
+    "Signed",
+    "SignedBundle",
     "TokenInfo",
     "Verdict",
+    "Verification",
     "VersionInfo",
     "VersionState",
 ]
@@ -209,6 +213,20 @@ class BaseInfo(Schema):
     created: bool = Field(default=False, description="whether this call registered it")
 
 
+class SignatureInfo(Schema):
+    """That somebody signed the files of a version; whether the key is to be trusted, its reader knows."""
+
+    key: str = Field(description="sha256 of the public key in PEM")
+    subject: str = Field(description="who attached it here")
+    created_at: datetime
+
+
+class SignedBundle(SignatureInfo):
+    """A signature with its bundle, as model.sig holds it."""
+
+    bundle: dict[str, Any]
+
+
 class VersionInfo(Schema):
     """One immutable version of an adapter."""
 
@@ -237,6 +255,7 @@ class VersionInfo(Schema):
     downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
+    signatures: tuple[SignatureInfo, ...] = Field(default=(), description="first come, first named")
     created_at: datetime
 
 
@@ -356,6 +375,27 @@ class BaseCheck(Schema):
     found: str = Field(description="the fingerprint of what lies there now")
     intact: bool
     changed: tuple[str, ...] = Field(default=(), description="tensors that are not what was registered")
+
+
+class Signed(Schema):
+    """What was signed, and where its signature is."""
+
+    ref: str = Field(description="the folder, or namespace/name@version")
+    key: str = Field(description="sha256 of the public key in PEM")
+    files: tuple[str, ...]
+    bundle: str | None = Field(description="the file written; null for a signature that only the registry keeps")
+
+
+class Verification(Schema):
+    """A folder or a version that is what it claims to be: what is not raises an error in its place."""
+
+    ref: str
+    digest: str | None = Field(description="of all files, where there is a record of them")
+    files: int
+    signed_by: str | None = Field(default=None, description="the key asked for; null: no signature was asked for")
+    unsigned: tuple[str, ...] = Field(default=(), description="files that are no part of the adapter beside them")
+    attested: bool = Field(default=False, description="whether attestation.json is signed and agrees")
+    rebuilt: bool = Field(default=False, description="whether composing it again gave the same bytes")
 
 
 class JobInfo(Schema):

@@ -17,6 +17,7 @@ from registry.errors import AdapterNotFoundError, BaseNotFoundError, VersionNotF
 from registry.models import (
     AdapterRow,
     AliasRow,
+    AttestationRow,
     BaseClosureRow,
     BaseModelRow,
     BaseTensorRow,
@@ -31,6 +32,7 @@ from registry.schemas import (
     FileInfo,
     Page,
     Relation,
+    SignatureInfo,
     VersionInfo,
     VersionState,
 )
@@ -98,13 +100,26 @@ def version_infos(session: Session, rows: Sequence[VersionRow]) -> list[VersionI
         aliases.setdefault(version_id, []).append(alias)
     counted = select(VersionDownloadsRow.version_id, VersionDownloadsRow.count)
     downloads = dict(session.execute(counted.where(VersionDownloadsRow.version_id.in_(ids))).tuples().all())
+    signatures: dict[int, list[SignatureInfo]] = {}
+    table = AttestationRow.__table__.c
+    signed = select(table.version_id, table.key, table.subject, table.created_at).where(table.version_id.in_(ids))
+    for version_id, key, subject, at in session.execute(signed.order_by(table.created_at, table.key)).tuples():
+        signatures.setdefault(version_id, []).append(SignatureInfo(key=key, subject=subject, created_at=at))
     return [
-        _version_info(row, bases.get(row.base_fingerprint or ""), aliases.get(row.id, []), downloads.get(row.id, 0))
+        _version_info(
+            row,
+            bases.get(row.base_fingerprint or ""),
+            aliases.get(row.id, []),
+            downloads.get(row.id, 0),
+            signatures.get(row.id, []),
+        )
         for row in rows
     ]
 
 
-def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloads: int) -> VersionInfo:
+def _version_info(
+    row: VersionRow, base: str | None, aliases: list[str], downloads: int, signatures: list[SignatureInfo]
+) -> VersionInfo:
     return VersionInfo(
         name=row.adapter.full_name,
         version=row.version,
@@ -131,6 +146,7 @@ def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloa
         successor=row.successor,
         aliases=("latest", *aliases) if row.latest else tuple(aliases),
         files=tuple(FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files),
+        signatures=tuple(signatures),
         created_at=row.created_at,
     )
 

@@ -125,6 +125,7 @@ class Resolved:
             "base": {
                 "ref": self.recipe.base,
                 "fingerprint": self.base.facts.fingerprint,
+                "licence": self.base.licence,
                 "tokenizer": self.written_like.tokenizer,
                 "chat_template": self.written_like.chat_template,
                 **({"original": self._original_facts} if self.original else {}),
@@ -133,10 +134,12 @@ class Resolved:
                 {
                     "version": item.version,
                     "digest": item.digest,
+                    "licence": item.licence,
                     "verdict": item.verdict.model_dump(mode="json"),
                 }
                 for item in self.adapters
             ],
+            "licences": self.licences.model_dump(mode="json"),
             "warnings": self.warnings,
         }
 
@@ -388,7 +391,7 @@ class Compositions:
         with session_scope(self._engine) as session:
             row = find_version(session, term.ref, pin or term.version)
             label = f"{row.adapter.full_name}@{row.version}"
-            require_usable(row, label, term.version)
+            require_usable(row, label, pin if pin and pin.startswith("sha256:") else term.version)
             files = {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
             verdict = version_verdict(session, row, base.facts)
         return ResolvedAdapter(

@@ -222,6 +222,7 @@ def test_cached_graph_gives_bit_identical_logits_to_a_fresh_trace(make: Callable
     export_onnx(cached, cache_dir=cache)
     assert export_onnx(cached, cache_dir=cache).graph_cached
     assert not export_onnx(fresh).graph_cached
+    assert (fresh / "model.onnx").read_bytes() == (cached / "model.onnx").read_bytes()
     assert np.array_equal(logits(fresh), logits(cached))
 
 
