@@ -22,6 +22,7 @@ from registry.schemas import (
     LineageInfo,
     NamespaceInfo,
     PlanInfo,
+    Screening,
     TokenInfo,
     Verdict,
     Verification,
@@ -251,7 +252,20 @@ def version_block(version: VersionInfo) -> str:
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]
     )
-    return f"{facts}\n\n{files_table(version.files)}"
+    return "\n\n".join([facts, *_scores([(None, version.screening)]), files_table(version.files)])
+
+
+def _scores(screened: Sequence[tuple[str | None, Screening | None]]) -> list[str]:
+    """One line a score of each (what it is of, its screening); nothing where there are none."""
+    rows = [
+        (score.code, f"{score.value:g}", f"{score.threshold:g}", "yes" if score.alarm else "no", label, score.where)
+        for label, screening in screened
+        for score in (screening.scores if screening else ())
+    ]
+    headers = ("SCREENING", "VALUE", "FROM", "ALARM", "OF", "WHERE")
+    if all(label is None for label, _ in screened):
+        headers, rows = (*headers[:4], "WHERE"), [(*row[:4], row[5]) for row in rows]
+    return [table(headers, rows, "")] if rows else []
 
 
 def files_table(files: Sequence[FileInfo]) -> str:
@@ -323,7 +337,8 @@ def plan_block(plan: PlanInfo) -> str:
     ]
     adapters = table(("ADAPTER", "WEIGHT", "TENSORS", "LEVEL", "REASON"), rows, "no adapters")
     files = table(("FILE", "SIZE"), [(name, size(count)) for name, count in plan.files.items()], "no files")
-    return f"{facts}\n\n{adapters}\n\n{files}"
+    scores = _scores([*((item.ref, item.screening) for item in plan.adapters), ("the sum", plan.screening)])
+    return "\n\n".join([facts, adapters, *scores, files])
 
 
 def composition_block(result: CompositionInfo) -> str:
@@ -362,7 +377,7 @@ def composition_block(result: CompositionInfo) -> str:
         [(name, size(entry["size"]), entry["sha256"][:12]) for name, entry in outputs.items()],
         "no files",
     )
-    return f"{facts}\n\n{adapters}\n\n{files}"
+    return "\n\n".join([facts, adapters, *_scores([("the sum", result.screening)]), files])
 
 
 def _perplexity(probe: dict[str, Any] | None) -> str | None:

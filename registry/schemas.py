@@ -44,6 +44,8 @@ __all__ = [
     "PublishResult",
     "Reason",
     "Relation",
+    "Score",
+    "Screening",
     "SignatureInfo",
     "Signed",
     "SignedBundle",
@@ -181,6 +183,25 @@ class Advice(Schema):
         return f"{self.adapter}: {self.message} [{self.code}, {self.source}]"
 
 
+class Score(Schema):
+    """One number about an adapter or a composition (registry.screening), and where it begins to alarm."""
+
+    code: str = Field(description="stable: programs may match it")
+    value: float
+    threshold: float
+    alarm: bool
+    where: str | None = Field(default=None, description="the tensor or the kinds of module that it is about")
+    message: str
+    source: str = Field(description="the URL of the paper")
+
+
+class Screening(Schema):
+    """All scores; they refuse nothing, and quiet ones prove nothing."""
+
+    scores: tuple[Score, ...]
+    population: int = Field(description="how many adapters of the base it was compared with")
+
+
 class FileInfo(Schema):
     """One file of a version, a base or a composition."""
 
@@ -256,6 +277,7 @@ class VersionInfo(Schema):
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
     signatures: tuple[SignatureInfo, ...] = Field(default=(), description="first come, first named")
+    screening: Screening | None = Field(default=None, description="as of now; null in listings")
     created_at: datetime
 
 
@@ -298,6 +320,7 @@ class PlannedAdapter(Schema):
     weight: float
     verdict: Verdict
     tensors: int
+    screening: Screening | None = None
 
 
 class PlanInfo(Schema):
@@ -312,6 +335,7 @@ class PlanInfo(Schema):
     licences: LicenceVerdict
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = Field(default=(), description="what the literature says against it")
+    screening: Screening | None = Field(default=None, description="of the sum of its adapters")
     additions: tuple[str, ...] = Field(default=(), description="what adapters add to the model, in order")
     touched: int
     total: int
@@ -331,6 +355,7 @@ class CompositionInfo(Schema):
     cached: bool = Field(description="whether the same recipe over the same inputs was there already")
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    screening: Screening | None = Field(default=None, description="of the sum of its adapters")
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
 

@@ -38,6 +38,7 @@ from registry.schemas import (
 )
 from registry.services.audit import record
 from registry.services.namespaces import require_role
+from registry.services.screening import screen_version
 
 __all__ = [
     "Catalogue",
@@ -361,6 +362,12 @@ class Catalogue:
         """One version."""
         with session_scope(self._engine) as session:
             return version_info(session, find_version(session, ref, version))
+
+    def screened_version(self, ref: str, version: str | None) -> VersionInfo:
+        """One version with the scores of its screening, against what is published by now."""
+        with session_scope(self._engine) as session:
+            row = find_version(session, ref, version)
+            return version_info(session, row).model_copy(update={"screening": screen_version(session, row)})
 
     def list_versions(self, name: str, limit: int, cursor: str | None) -> Page[VersionInfo]:
         """All versions, the highest first; the cursor is the last version seen."""

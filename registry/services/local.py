@@ -257,7 +257,7 @@ class LocalRegistry:
         return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
-        return self._catalogue.get_version(*split_reference(ref))
+        return self._catalogue.screened_version(*split_reference(ref))
 
     def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
         return self._catalogue.list_versions(name, limit, cursor)

@@ -24,6 +24,7 @@ from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import FileSet, sha256_file
 from composer.provenance import manifest_digest
+from composer.screening import Measurement, measure
 from composer.tensors import DTYPES
 from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
@@ -47,11 +48,13 @@ from registry.models import (
 from registry.names import Version, adapter_name, base_name, slug
 from registry.preflight import adapter_advice
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
+from registry.screening import alarms
 from registry.services.audit import acting, record
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.lineage import set_parent
 from registry.services.namespaces import require_role
+from registry.services.screening import screen_version
 from registry.store.local import LocalStore
 from registry.words import index_text
 
@@ -232,13 +235,14 @@ class Publishing:
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         known = self._check_base(adapter, claim, warnings)
         advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
+        measured = measure(adapter)
         files = self._store_files(adapter.files if whole else publishable_files(adapter), progress)
         digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
         try:
             with session_scope(self._engine, writes=True) as session:
                 result = self._insert(
                     session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                    license, tags, description, private, warnings,
+                    license, tags, description, private, warnings, measured,
                 )  # fmt: skip
                 return result.model_copy(update={"advice": tuple(advice)})
         except DatabaseIntegrityError as error:
@@ -342,6 +346,7 @@ class Publishing:
         description: str | None,
         private: bool | None,
         warnings: list[str],
+        measured: Measurement,
     ) -> PublishResult:
         namespace, short = name
         require_role(session, namespace, Role.PUBLISHER)
@@ -394,7 +399,7 @@ class Publishing:
         if same is not None:
             if claim.fingerprint != same.base_fingerprint:
                 warnings.append(f"{owner.full_name}@{same.version} keeps the base it was published with")
-            return PublishResult(version=version_info(session, same), created=False, warnings=tuple(warnings))
+            return _published(session, same, warnings, created=False)
         signature = adapter.signature
         text = description if description is not None else card.description
         labels = tuple(dict.fromkeys((*tags, *card.tags)))
@@ -422,6 +427,7 @@ class Publishing:
             ),
             signature=_signature(session, signature.targets),
             task=_short(adapter.config.get("task_type"), 50),
+            screening=measured.as_json(),
             files=files,
             labels=[VersionTagRow(tag=tag) for tag in labels if len(tag) <= 200],
         )
@@ -429,7 +435,15 @@ class Publishing:
         record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
         refresh_latest(session, owner.id)
         session.refresh(row)
-        return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+        return _published(session, row, warnings, created=True)
+
+
+def _published(session: Session, row: VersionRow, warnings: list[str], *, created: bool) -> PublishResult:
+    """The version with its screening, whose alarms are warnings too."""
+    screening = screen_version(session, row)
+    info = version_info(session, row).model_copy(update={"screening": screening})
+    told = (*warnings, *alarms(f"{info.name}@{info.version}", screening))
+    return PublishResult(version=info, created=created, warnings=told)
 
 
 def _check_no_adapter(session: Session, name: str) -> None:
