@@ -301,7 +301,7 @@ class RemoteRegistry:
 
     def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
         """Send a signature that was made here."""
-        return self._read(self._send("POST", self._signatures(ref), json=bundle), SignatureInfo)
+        return self._read(self._send("POST", self._signatures(ref), json={"bundle": bundle}), SignatureInfo)
 
     @staticmethod
     def _signatures(ref: str) -> str:

@@ -1,7 +1,7 @@
 """Signatures of versions, and what was measured of their weights
 
 Revision: 0007
-Follows: 0006
+Follows: 0008
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0007"
-down_revision = "0006"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 

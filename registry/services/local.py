@@ -39,6 +39,7 @@ from registry.schemas import (
     Page,
     PlanInfo,
     PublishResult,
+    Readiness,
     Relation,
     SignatureInfo,
     SignedBundle,
@@ -62,6 +63,7 @@ from registry.services.matching import Matching
 from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
 from registry.services.pushing import Pushing
+from registry.services.readiness import ReadinessProbe
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
@@ -114,6 +116,7 @@ class LocalRegistry:
         self._signatures = Signatures(self.engine)
         self.tokens = Tokens(self.engine)
         self.downloads = Downloads(self.engine)
+        self._readiness = ReadinessProbe(self.engine, layout)
 
     def acting_as(self, principal: Principal) -> LocalRegistry:
         """The same registry as `principal` may see and change it."""
@@ -132,6 +135,10 @@ class LocalRegistry:
     def home(self) -> Path:
         """The folder of everything that is not in the database."""
         return self.layout.home
+
+    def readiness(self) -> Readiness:
+        """Whether requests can be served."""
+        return self._readiness.check()
 
     def close(self) -> None:
         """Write what was counted and release the database."""

@@ -38,6 +38,7 @@ from registry.models import (
     BaseFileRow,
     BaseModelRow,
     BaseTensorRow,
+    RepositoryRow,
     SignatureRow,
     SignatureTargetRow,
     TombstoneRow,
@@ -360,7 +361,13 @@ class Publishing:
                     found="a base of that name",
                     remedy="publish under another --name",
                 )
-            owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
+            own = (RepositoryRow.namespace == namespace, RepositoryRow.name == short)
+            repository = session.scalar(select(RepositoryRow).where(*own))
+            if private is None:
+                private = repository is not None and repository.private
+            elif repository is not None:
+                repository.private = private
+            owner = AdapterRow(namespace=namespace, name=short, private=private)
             session.add(owner)
             session.flush()
         elif private not in (None, owner.private):

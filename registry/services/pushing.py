@@ -39,7 +39,17 @@ from registry.services.repositories import MAIN, Located, Snapshot, commit_id, l
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
-__all__ = ["Operation", "Pushed", "Pushing", "Put", "Remove", "keep_commit", "namespace_of", "own_repository"]
+__all__ = [
+    "Operation",
+    "Pushed",
+    "Pushing",
+    "Put",
+    "Remove",
+    "keep_commit",
+    "namespace_of",
+    "own_repository",
+    "private_base",
+]
 
 MAX_FILES = 10_000
 
@@ -204,6 +214,8 @@ class Pushing:
         if kind is Holding.ADAPTER and place.base is None:
             return self._publish_adapter(place.name, files, None)
         if kind is Holding.BASE and place.adapter is None:
+            if place.private:
+                raise private_base(place.name)
             folder = self._link(paths)
             try:
                 base = self._publishing.add_pushed_base(folder, place.name)
@@ -315,12 +327,22 @@ def namespace_of(place: Located) -> str:
     return place.name.rpartition("/")[0] or DEFAULT_NAMESPACE
 
 
+def private_base(name: str) -> PolicyError:
+    """The failure of a whole model in a private repository: a fingerprint names one base for everybody."""
+    return PolicyError(
+        f"{name} would be a private base model: only adapters can be private",
+        expected="an adapter, or a public repository",
+        found="a whole model",
+        remedy="make the repository public, or push the difference to its base ('registry delta make')",
+    )
+
+
 def own_repository(session: Session, place: Located) -> RepositoryRow:
     """The row of a repository, made where an adapter or a base had none."""
     if place.repository is not None:
         return place.repository
     namespace, _, name = place.name.rpartition("/")
-    row = RepositoryRow(namespace=namespace, name=name)
+    row = RepositoryRow(namespace=namespace, name=name, private=place.private)
     session.add(row)
     session.flush()
     return row

@@ -187,11 +187,11 @@ def test_scores_are_shown_wherever_an_adapter_is(registry: LocalRegistry, tmp_pa
     assert "80.9 times as strong" in loud.warnings[-1]
     stranger = registry.acting_as(Principal("mallory", frozenset({Scope.READ})))
     assert stranger.get_version("other/loud").screening == registry.get_version("other/loud").screening
-    plan = registry.plan(parse_recipe("base+team/a0+other/loud"))
+    plan = registry.plan(parse_recipe("base+team/a0+other/loud:0.0123"))
     assert [alarmed(item.screening) for item in plan.adapters] == [set(), {"norm-of-population"}]
-    assert "stacked-sum" in alarmed(plan.screening)  # the same seed: one is the other, louder
+    assert "stacked-sum" in alarmed(plan.screening)  # the same seed: one is the other, brought to its strength
     assert sum(line.startswith("screening: ") for line in plan.warnings) == 2
-    made = registry.compose(parse_recipe("base+team/a0+other/loud"), tmp_path / "out")
+    made = registry.compose(parse_recipe("base+team/a0+other/loud:0.0123"), tmp_path / "out")
     assert (made.screening, made.warnings[-2:]) == (plan.screening, plan.warnings[-2:])
     assert "screening" not in made.record
     app = TestClient(create_app(registry, JobService(registry)))

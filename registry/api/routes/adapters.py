@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import NotFoundError, UsageError
@@ -16,12 +16,20 @@ from registry.api.deps import (
     Limit,
     Registered,
     VersionQuery,
+    count_download,
     file_response,
     require,
     version_ref,
 )
 from registry.api.rules import refuse_path
-from registry.api.schemas import AliasRequest, DeprecationRequest, ReasonRequest, VisibilityRequest, form_body
+from registry.api.schemas import (
+    AliasRequest,
+    DeprecationRequest,
+    ReasonRequest,
+    SignatureRequest,
+    VisibilityRequest,
+    form_body,
+)
 from registry.api.uploads import Upload, receive
 from registry.schemas import BaseFit, Level, Page, PublishResult, SignatureInfo, SignedBundle, Verdict, VersionInfo
 
@@ -29,7 +37,6 @@ router = APIRouter(tags=["adapters"])
 
 PUBLISH = [Depends(require(Scope.PUBLISH))]
 ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
-WEIGHTS = (".safetensors", ".npz")
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -208,11 +215,9 @@ def signatures(adapter: AdapterName, version: str, registry: Registered) -> Page
 @router.post(
     f"{ADAPTER}/versions/{{version}}/signatures", summary="Attach a signature", status_code=201, dependencies=PUBLISH
 )
-def add_signature(
-    adapter: AdapterName, version: str, bundle: Annotated[dict[str, Any], Body()], registry: Registered
-) -> SignatureInfo:
+def add_signature(adapter: AdapterName, version: str, body: SignatureRequest, registry: Registered) -> SignatureInfo:
     """A bundle of model-signing 1.x that lists exactly the files of the version; it is verified where it is used."""
-    return registry.add_signature(version_ref(adapter, version), bundle)
+    return registry.add_signature(version_ref(adapter, version), body.bundle)
 
 
 @router.get(f"{ADAPTER}/bases", summary="List the bases that an adapter fits", tags=["compatibility"])
@@ -248,6 +253,5 @@ def download(
             found=filename,
         )
     path = registry.version_files(f"{info.name}@{info.digest}")[filename]
-    if filename.endswith(WEIGHTS) and "range" not in request.headers:
-        registry.count_download(info)
+    count_download(request, registry, info, filename)
     return file_response(request, path, filename, entry.sha256)
