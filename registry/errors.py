@@ -11,6 +11,7 @@ NotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
 ├── NameTakenError             another base or an adapter holds that name
+├── ConfusableNameError        a new namespace that could be taken for another one
 ├── RepositoryExistsError      a repository has that name
 ├── RefExistsError             the repository has that branch or tag
 ├── StaleParentError           somebody else has committed since
@@ -44,6 +45,7 @@ __all__ = [
     "BaseNotFoundError",
     "BlobCorruptError",
     "CompositionChangedError",
+    "ConfusableNameError",
     "DependentsError",
     "DiskLimitError",
     "EntryNotFoundError",
@@ -101,6 +103,12 @@ class NameTakenError(ConflictError):
     """Another base or an adapter holds that name."""
 
     code = "name-taken"
+
+
+class ConfusableNameError(ConflictError):
+    """A new namespace has the skeleton of one that belongs to others (registry.confusables)."""
+
+    code = "confusable-name"
 
 
 class DependentsError(ConflictError):

@@ -54,6 +54,7 @@ from registry.services.audit import acting, record
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.lineage import set_parent
+from registry.services.name_checks import name_warnings
 from registry.services.namespaces import require_role
 from registry.services.screening import screen_version
 from registry.store.local import LocalStore
@@ -367,6 +368,7 @@ class Publishing:
                 private = repository is not None and repository.private
             elif repository is not None:
                 repository.private = private
+            warnings.extend(name_warnings(session, namespace, short))
             owner = AdapterRow(namespace=namespace, name=short, private=private)
             session.add(owner)
             session.flush()
