@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cli.output import block, short, size, table
+from cli.output import block, clean, short, size, table
 from registry.schemas import (
     AuditEntry,
     BaseCheck,
@@ -47,6 +47,7 @@ __all__ = [
     "lineage_table",
     "namespace_table",
     "plan_block",
+    "template_lines",
     "token_table",
     "verdict_lines",
     "verification_block",
@@ -252,7 +253,8 @@ def version_block(version: VersionInfo) -> str:
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]
     )
-    return "\n\n".join([facts, *_scores([(None, version.screening)]), files_table(version.files)])
+    files = f"{files_table(version.files)}{template_lines(version.chat_template_diff)}"
+    return "\n\n".join([facts, *_scores([(None, version.screening)]), files])
 
 
 def _scores(screened: Sequence[tuple[str | None, Screening | None]]) -> list[str]:
@@ -266,6 +268,13 @@ def _scores(screened: Sequence[tuple[str | None, Screening | None]]) -> list[str
     if all(label is None for label, _ in screened):
         headers, rows = (*headers[:4], "WHERE"), [(*row[:4], row[5]) for row in rows]
     return [table(headers, rows, "")] if rows else []
+
+
+def template_lines(diff: str | None) -> str:
+    """How the chat template differs from the base's, below what else is said; nothing where it does not."""
+    if diff is None:
+        return ""
+    return "\n\nCHAT TEMPLATE, against the base's\n" + "\n".join(f"  {clean(line)}" for line in diff.splitlines())
 
 
 def files_table(files: Sequence[FileInfo]) -> str:
@@ -338,7 +347,8 @@ def plan_block(plan: PlanInfo) -> str:
     adapters = table(("ADAPTER", "WEIGHT", "TENSORS", "LEVEL", "REASON"), rows, "no adapters")
     files = table(("FILE", "SIZE"), [(name, size(count)) for name, count in plan.files.items()], "no files")
     scores = _scores([*((item.ref, item.screening) for item in plan.adapters), ("the sum", plan.screening)])
-    return "\n\n".join([facts, adapters, *scores, files])
+    templates = "".join(template_lines(item.chat_template_diff) for item in plan.adapters)
+    return "\n\n".join([facts, adapters, *scores, f"{files}{templates}"])
 
 
 def composition_block(result: CompositionInfo) -> str:

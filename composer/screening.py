@@ -75,9 +75,9 @@ def measure(adapter: Adapter) -> Measurement:
     targets = [target.parameter for target in adapter.signature.targets if not target.parameter.startswith("@")]
     try:
         deltas: list[Delta] = adapter.deltas({name: name for name in targets})
-    except (TypedError, KeyError):  # a kind whose changes depend on the base
-        deltas = []
-    return _measured(targets, ((delta.target, [pair]) for delta in deltas if (pair := _pair(delta, 1.0)) is not None))
+        return _measured(targets, ((each.target, [pair]) for each in deltas if (pair := _pair(each, 1.0)) is not None))
+    except (TypedError, KeyError):  # a kind whose changes depend on the base, or numbers that are none
+        return _measured(targets, ())
 
 
 def measure_sum(plan: Plan) -> Measurement:

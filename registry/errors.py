@@ -15,7 +15,8 @@ ConflictError
 ├── RepositoryExistsError      a repository has that name
 ├── RefExistsError             the repository has that branch or tag
 ├── StaleParentError           somebody else has committed since
-└── DependentsError            something that is in use is to be removed
+├── DependentsError            something that is in use is to be removed
+└── CollectedError             stored bytes were removed before anything named them
 TypedError
 └── HubUnreachableError        the hub of an import does not answer as one
 PolicyError
@@ -44,6 +45,7 @@ __all__ = [
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "CollectedError",
     "CompositionChangedError",
     "ConfusableNameError",
     "DependentsError",
@@ -115,6 +117,12 @@ class DependentsError(ConflictError):
     """Something that is in use is to be removed; `fields['dependents']` lists what uses it."""
 
     code = "in-use"
+
+
+class CollectedError(ConflictError):
+    """Stored bytes were removed before anything named them."""
+
+    code = "collected"
 
 
 class YankedError(PolicyError):

@@ -211,6 +211,11 @@ class FileInfo(Schema):
     sha256: str
 
 
+TEMPLATE_DIFF = Field(
+    default=None, description="unified diff from the base's chat templates to the adapter's; null where they are alike"
+)
+
+
 class BaseInfo(Schema):
     """A registered base model."""
 
@@ -233,6 +238,7 @@ class BaseInfo(Schema):
     relation: Relation | None = None
     created_at: datetime
     created: bool = Field(default=False, description="whether this call registered it")
+    warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
 
 
 class SignatureInfo(Schema):
@@ -279,6 +285,7 @@ class VersionInfo(Schema):
     files: tuple[FileInfo, ...] = ()
     signatures: tuple[SignatureInfo, ...] = Field(default=(), description="first come, first named")
     screening: Screening | None = Field(default=None, description="as of now; null in listings")
+    chat_template_diff: str | None = TEMPLATE_DIFF
     created_at: datetime
 
 
@@ -296,6 +303,7 @@ class PublishResult(Schema):
     created: bool
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    chat_template_diff: str | None = TEMPLATE_DIFF
 
 
 class CompatibleAdapter(Schema):
@@ -322,6 +330,7 @@ class PlannedAdapter(Schema):
     verdict: Verdict
     tensors: int
     screening: Screening | None = None
+    chat_template_diff: str | None = TEMPLATE_DIFF
 
 
 class PlanInfo(Schema):

@@ -22,7 +22,7 @@ from composer.attestation import provenance_statement
 from composer.errors import CorruptFileError, NotFoundError, TypedError, UsageError
 from composer.files import folder_files, read_json, sha256_file
 from composer.formats import find_format
-from composer.provenance import manifest_digest
+from composer.provenance import manifest_digest, read_record
 from composer.recipe import Recipe, is_path
 from composer.sinks import write_file
 from registry.claims import fingerprint_folder
@@ -210,7 +210,7 @@ def _is_signature(name: str, path: Path, signature: Path) -> bool:
 
 
 def _checked(folder: Path, files: Mapping[str, Path], signature: Path) -> dict[str, Any]:
-    """The record of a composed model whose files are all that it names and no others."""
+    """The record of a composed model whose files are all that it names and no others, itself as it was written."""
     record = read_json(files[RECORD])
     try:
         outputs = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in record["outputs"].items()}
@@ -229,7 +229,7 @@ def _checked(folder: Path, files: Mapping[str, Path], signature: Path) -> dict[s
         for name, (sha256, size) in outputs.items()
         if name in files and (files[name].stat().st_size != size or sha256_file(files[name]) != sha256)
     )
-    if not consistent:
+    if not (consistent and _as_written(files[RECORD])):
         changed.append(RECORD)
     if changed or missing or more:
         parts = [("changed", changed), ("missing", missing), ("not of it", more)]
@@ -244,6 +244,14 @@ def _checked(folder: Path, files: Mapping[str, Path], signature: Path) -> dict[s
             more=more,
         )
     return record
+
+
+def _as_written(path: Path) -> bool:
+    try:
+        read_record(path)
+    except CorruptFileError:
+        return False
+    return True
 
 
 def _statement(record: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:

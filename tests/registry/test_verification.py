@@ -29,7 +29,7 @@ from fastapi.testclient import TestClient
 
 from composer.errors import IntegrityError, MissingDependencyError, NotFoundError, UsageError
 from composer.files import sha256_file
-from composer.provenance import manifest_digest
+from composer.provenance import manifest_digest, record_file, sealed
 from composer.recipe import Export, parse_recipe
 from registry.access import Principal, Scope
 from registry.api.app import create_app
@@ -174,7 +174,8 @@ def test_what_is_said_of_a_model_cannot_be_changed_behind_the_signature(composed
     """Its record, its attestation, and the list that was signed."""
     sign_folder(composed, keys.private)
     if name == "composition.json":
-        edit_json(composed / name, warnings=["all is well"])
+        record = {**json.loads((composed / name).read_text()), "warnings": ["all is well"]}
+        (composed / name).write_bytes(record_file(sealed(record)))
     elif name == "attestation.json":
         (composed / name).write_text(json.dumps({**json.loads((composed / name).read_text()), "payload": "e30="}))
     else:
@@ -237,7 +238,7 @@ def forge(folder: Path, name: str = WEIGHTS) -> None:
     record = json.loads((folder / "composition.json").read_text())
     record["outputs"][name]["sha256"] = sha256_file(folder / name)
     record["output_digest"] = manifest_digest(record["outputs"])
-    (folder / "composition.json").write_text(json.dumps(record))
+    (folder / "composition.json").write_bytes(record_file(sealed(record)))
 
 
 def test_a_composition_that_was_not_made_so_is_found_by_making_it(filled: LocalRegistry, tmp_path: Path) -> None:
