@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -284,11 +285,12 @@ class Compositions:
         return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
-        recipe, plan = resolved.recipe, prepare_export(self._plan(resolved))
+        recipe, asked = resolved.recipe, self._plan(resolved)
+        plan = prepare_export(asked)
         in_place = find_plan_exporter(recipe.export)
-        per_term = [
-            sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
-        ]
+        changes = [item.term for job in plan.jobs for item in job.deltas]
+        changes += [item.term for adapter in plan.apart for _, item in adapter.deltas]
+        per_term = Counter(changes)
         added: dict[str, int] = {}
         if recipe.requantise:
             files, along = requantised_files(plan), requantised_companions(plan)
@@ -298,7 +300,7 @@ class Compositions:
             added = find_exporter(recipe.export).plan_files(plan)
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
-        screened = self._screen(resolved, plan)
+        screened = self._screen(resolved, asked)
         companions = {name: len(data) for name, data in along}
         base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
@@ -313,17 +315,17 @@ class Compositions:
                     digest=item.digest,
                     weight=item.term.weight,
                     verdict=item.verdict,
-                    tensors=count,
-                    screening=screening,
+                    tensors=per_term[index],
+                    screening=screened.adapters[index],
                     chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
-                for item, count, screening in zip(resolved.adapters, per_term, screened.adapters, strict=True)
+                for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
             warnings=(*resolved.warnings, *plan.warnings, *resolved.advice, *screened.alarms),
             screening=screened.whole,
-            advice=tuple(plan_advice(plan)),
+            advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
@@ -375,7 +377,8 @@ class Compositions:
         each = tuple(
             judge(item.measured or measure(item.adapter), others(known, item.adapter_id)) for item in resolved.adapters
         )
-        summed = 1 < len(each) <= MAX_SUMMED and resolved.recipe.method in SUMS
+        apart = prepare_export(plan).apart  # in a graph that takes one of them at a time
+        summed = 1 < len(each) <= MAX_SUMMED and resolved.recipe.method in SUMS and not apart
         whole = judge(measure_sum(plan)) if summed else None
         pairs = [*zip((item.label for item in resolved.adapters), each, strict=True), ("the composition", whole)]
         return Screened(each, whole, tuple(line for label, found in pairs for line in alarms(label, found)))
