@@ -5,6 +5,7 @@ REGISTRY_HOME/                       default ~/.local/share/registry
 ├── store/
 │   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
 │   ├── xorbs/ab/abcd…               chunks of files that Xet clients uploaded
+│   ├── shards/ab/abcd…              which chunks of which xorbs a file came by
 │   ├── chunks/ab/abcd…              digests of the chunks of files, for reading ranges of them
 │   └── incoming/                    half-written blobs; nothing reads them
 ├── graphs/                          weightless ONNX graphs, one an architecture
@@ -49,6 +50,11 @@ class Layout:
     def xorbs(self) -> Path:
         """The folder of xorbs."""
         return self.home / "store" / "xorbs"
+
+    @property
+    def shards(self) -> Path:
+        """The folder of what Xet clients said of their files."""
+        return self.home / "store" / "shards"
 
     @property
     def chunks(self) -> Path:

@@ -28,7 +28,7 @@ from composer.errors import CorruptFileError, NotFoundError, UsageError
 from composer.sinks import fsync_folder, make_folder, storage_errors
 from registry.store.layout import Layout
 
-__all__ = ["MAX_XORB", "XorbStore", "hash_text", "xorb_hash"]
+__all__ = ["MAX_XORB", "XorbStore", "hash_bytes", "hash_text", "xorb_chunk", "xorb_hash"]
 
 MAX_XORB = 72 << 20  # 64 MiB of chunks, their headers and the footer
 MAX_CHUNK = 1 << 20
@@ -83,6 +83,14 @@ class XorbStore:
 
     def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """The bytes of chunks `start` to `stop` of a xorb. Raises NotFoundError where it is not here."""
+        with self._opened(name) as file:
+            index = list(_index(file))
+            if not 0 <= start < stop <= len(index):
+                raise CorruptFileError(f"the xorb {name[:12]} has {len(index)} chunks", found=[start, stop])
+            for chunk in index[start:stop]:
+                yield _read(file, chunk)
+
+    def _opened(self, name: str) -> BinaryIO:
         place = self._place(name)
         if not place.is_file():
             raise NotFoundError(
@@ -91,12 +99,12 @@ class XorbStore:
                 found=name,
                 remedy="remove the client's Xet cache (HF_XET_CACHE) and push again",
             )
-        with place.open("rb") as file:
-            index = list(_index(file))
-            if not 0 <= start < stop <= len(index):
-                raise CorruptFileError(f"the xorb {name[:12]} has {len(index)} chunks", found=[start, stop])
-            for chunk in index[start:stop]:
-                yield _read(file, chunk)
+        return place.open("rb")
+
+    def lengths(self, name: str) -> list[int]:
+        """Bytes of each chunk of a xorb, from its headers. Raises NotFoundError and CorruptFileError."""
+        with self._opened(name) as file:
+            return [chunk.length for chunk in _index(file)]
 
     def _place(self, name: str) -> Path:
         if not HASH.fullmatch(name):
@@ -122,6 +130,12 @@ def _index(file: BinaryIO) -> Iterator[_Chunk]:
         if len(header) < HEADER or header[0] or offset > size or not 0 < chunk.length <= MAX_CHUNK or chunk.scheme > 2:
             raise CorruptFileError("a xorb has a chunk that cannot be read", expected="chunks", found=header.hex())
         yield chunk
+
+
+def xorb_chunk(data: bytes) -> bytes:
+    """A chunk as it lies in a xorb, uncompressed."""
+    length = len(data).to_bytes(3, "little")
+    return bytes(1) + length + bytes(1) + length + data
 
 
 def _read(file: BinaryIO, chunk: _Chunk) -> bytes:
@@ -175,6 +189,11 @@ def _parents(nodes: Sequence[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
         text = "".join(f"{hash_text(digest)} : {size}\n" for digest, size in group)
         yield blake3(text.encode(), key=NODE_KEY).digest(), sum(size for _, size in group)
         begin = end
+
+
+def hash_bytes(text: str) -> bytes:
+    """The 32 bytes of a hash as clients write it."""
+    return b"".join(bytes.fromhex(text[begin : begin + 16])[::-1] for begin in range(0, 64, 16))
 
 
 def hash_text(digest: bytes) -> str:

@@ -65,11 +65,12 @@ async def put_xorb(request: Request, prefix: str, name: str, xorbs: Xorbs) -> di
 @router.post("/xet/v1/shards", dependencies=[Depends(_signed)])
 async def put_shard(request: Request, registry: Registered, xorbs: Xorbs) -> dict[str, int]:
     """Files as ranges of xorbs: each becomes a blob, checked by its sha256."""
-    from registry.store.shards import MAX_SHARD, assemble, read_shard
+    from registry.store.shards import MAX_SHARD, assemble, keep_shard, read_shard
 
     shard = bytearray()
     await feed_body(request, shard.extend, MAX_SHARD)
     limit: int = request.app.state.max_upload_bytes
     for file in await run_in_threadpool(read_shard, bytes(shard)):
         await run_in_threadpool(assemble, file, xorbs, registry.store, limit)
+        await run_in_threadpool(keep_shard, registry.layout, file)
     return {"result": 1}
