@@ -1,9 +1,9 @@
 """`registry verify --all` and `registry doctor --repair`: every stored byte is hashed, what is damaged is restored.
 
-    blob          by its sha256            from another copy, or from the xorbs that it came by
+    blob          by its sha256            from another copy
     base          by its row's sha256      from another copy; it is written where the base lies
     composition   by the job's record      from another copy, else composed again: the same recipe gives the same bytes
-    xorb          by its hash              from the blobs that were made of it, else dropped: clients send it again
+    xorb          by its hash              dropped, or what says where its chunks lie: a client sends it again
     graph, list   by their own checksums   dropped: they are made again; a list at once, for the first reader does so
 
 A copy is any stored file of the same sha256, and it is hashed before it is taken for one. A restored file appears by a
@@ -37,8 +37,7 @@ from registry.schemas import Damage, JobState, StoreCheck
 from registry.services.audit import acting, record
 from registry.services.job_kinds import WITH_FILES
 from registry.store.chunks import CHUNK
-from registry.store.shards import assemble, read_kept_shard, rebuild_xorb
-from registry.store.xorbs import XorbStore, xorb_hash
+from registry.store.xorbs import XorbStore
 
 if TYPE_CHECKING:
     from registry.services.local import LocalRegistry
@@ -48,7 +47,7 @@ __all__ = ["check_store"]
 RECORD = "composition.json"
 SHOWN = 20
 REMADE = "dropped: it is made again when it is needed"
-ANY_SIZE = 1 << 62
+RESENT = "dropped: a client sends it again once its Xet cache is removed (HF_XET_CACHE)"
 REMEDIES = {
     "blob": "publish the version again from its source: its bytes take the place of the damaged ones",
     "base": "restore the file from where it came, or give 'registry base add' a whole copy of the base",
@@ -135,7 +134,7 @@ def _items(registry: LocalRegistry) -> Iterator[_Item]:
         for name, sha256 in _recorded(result or {}).items() if folder.is_dir() else ():
             yield _Item("composition", f"{job}/{name}", folder / name, sha256, (f"job {job}",))
     for path in sorted(layout.xorbs.glob("??/*")):
-        yield _Item("xorb", path.name, path, path.name)
+        yield _Item("xorb", path.stem, path, path.stem)
     for path in sorted(layout.graphs.glob("*.onnx")):
         yield _Item("graph", path.stem, path, path.stem)
 
@@ -190,11 +189,7 @@ def _is_whole(registry: LocalRegistry, item: _Item) -> bool:
         from composer.exporters.onnx import graph_cache
 
         return graph_cache.is_whole(item.path)
-    try:
-        with item.path.open("rb") as file:
-            return xorb_hash(file) == item.name
-    except TypedError:
-        return False
+    return XorbStore(registry.layout).is_whole(item.name)
 
 
 def _tensors_in(path: Path, ranges: Iterable[tuple[int, int]]) -> list[str]:
@@ -211,14 +206,10 @@ def _repaired(run: _Run, item: _Item, damage: Damage) -> Damage:
     """What was done about a damage: `restored` says from what, or is empty where nothing could be."""
     if item.kind == "list":
         return damage
-    if item.kind == "graph":
+    if item.kind in ("graph", "xorb"):
         item.path.unlink()
-        return damage.model_copy(update={"restored": REMADE})
-    if item.kind == "xorb":
-        return damage.model_copy(update={"restored": _restore_xorb(run.registry, item), "remedy": None})
+        return damage.model_copy(update={"restored": REMADE if item.kind == "graph" else RESENT})
     restored = _from_copy(run, item)
-    if restored is None and item.kind == "blob" and _from_xorbs(run.registry, item):
-        restored = "the xorbs that it came by"
     if restored is None and item.kind == "composition" and _composed_again(run, item):
         restored = "its recipe, composed again to the same bytes"
     return damage.model_copy(update={"restored": restored, "remedy": None if restored else damage.remedy})
@@ -269,24 +260,6 @@ def _replace(item: _Item, pieces: Iterable[bytes]) -> bool:
             return True
         finally:
             aside.unlink(missing_ok=True)
-
-
-def _from_xorbs(registry: LocalRegistry, item: _Item) -> bool:
-    shard = read_kept_shard(registry.layout, item.expected)
-    if shard is None:
-        return False
-    try:
-        assemble(shard, XorbStore(registry.layout), registry.store, ANY_SIZE)
-    except TypedError:
-        return False
-    return True
-
-
-def _restore_xorb(registry: LocalRegistry, item: _Item) -> str:
-    if rebuild_xorb(item.name, XorbStore(registry.layout), registry.store, registry.layout):
-        return "the files that were made of it"
-    item.path.unlink()
-    return "dropped: a client sends it again once its Xet cache is removed (HF_XET_CACHE)"
 
 
 def _composed_again(run: _Run, item: _Item) -> bool:

@@ -64,6 +64,7 @@ from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
 from registry.services.pushing import Pushing
 from registry.services.readiness import ReadinessProbe
+from registry.services.received import Received
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
@@ -103,6 +104,7 @@ class LocalRegistry:
         self.repositories = Repositories(self.engine, self.store)
         self.pushing = Pushing(self.engine, self.store, layout, self._publishing)
         self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
+        self.received = Received(self.engine)
         self._importing = Importing(layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)

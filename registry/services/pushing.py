@@ -37,6 +37,7 @@ from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
+from registry.services.received import Received
 from registry.services.repositories import MAIN, Located, Snapshot, commit_id, locate, no_revision, snapshot_at
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
@@ -58,10 +59,11 @@ MAX_FILES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A file is added or replaced by a blob of the store."""
+    """A file is added or replaced by a blob of the store. `sent`: whether its bytes came with the push itself."""
 
     path: str
     sha256: str
+    sent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Pushing:
         self._store = store
         self._layout = layout
         self._publishing = publishing
+        self._received = Received(engine)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def commit(
@@ -197,7 +200,8 @@ class Pushing:
         return files
 
     def _entry(self, item: Put) -> FileInfo:
-        if not self._store.keep(item.sha256):
+        named = item.sent or self._received.may_name(item.sha256)
+        if not (named and self._store.keep(item.sha256)):
             raise CorruptFileError(
                 f"the bytes of {item.path} were not uploaded",
                 expected=f"sha256 {item.sha256}",

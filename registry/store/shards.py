@@ -12,33 +12,21 @@ Sources: the format as https://huggingface.co/docs/xet describes it.
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from composer.errors import CorruptFileError, NotFoundError, UsageError
+from composer.errors import CorruptFileError, UsageError
 from composer.sinks import storage_errors
-from registry.store.layout import Layout
 from registry.store.local import LocalStore
-from registry.store.xorbs import XorbStore, hash_bytes, hash_text, xorb_chunk
+from registry.store.xorbs import Piece, XorbStore, hash_text
 
-__all__ = [
-    "MAX_SHARD",
-    "ShardFile",
-    "assemble",
-    "keep_shard",
-    "read_kept_shard",
-    "read_shard",
-    "rebuild_xorb",
-    "write_shard",
-]
+__all__ = ["MAX_SHARD", "ShardFile", "assemble", "read_shard", "release"]
 
 MAX_SHARD = 64 << 20
 ENTRY = 48
 END = b"\xff" * 32
-WITH_SHA256 = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,81 +79,11 @@ def read_shard(data: bytes) -> list[ShardFile]:
     return files
 
 
-def write_shard(file: ShardFile) -> bytes:
-    """A shard of one file, as `read_shard` reads it."""
-    head = bytes(32) + struct.pack("<II", WITH_SHA256, len(file.segments)) + bytes(8)
-    entries = [
-        hash_bytes(segment.xorb) + struct.pack("<IIII", 0, segment.size, segment.start, segment.stop)
-        for segment in file.segments
-    ]
-    return bytes(ENTRY) + head + b"".join(entries) + hash_bytes(file.sha256) + bytes(16) + END
-
-
-def keep_shard(layout: Layout, file: ShardFile) -> None:
-    """Remember which chunks a file came by, so that it and its xorbs can be restored from each other."""
-    place = layout.shards / file.sha256[:2] / file.sha256
-    if place.is_file():
-        return
-    with storage_errors("keeping a shard"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        layout.incoming.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=layout.incoming, delete=False) as out:
-            out.write(write_shard(file))
-        os.replace(out.name, place)
-
-
-def read_kept_shard(layout: Layout, sha256: str) -> ShardFile | None:
-    """What is remembered of a file; None where that is nothing, or damaged."""
-    try:
-        (file,) = read_shard((layout.shards / sha256[:2] / sha256).read_bytes())
-    except (OSError, ValueError, CorruptFileError):
-        return None
-    return file if file.sha256 == sha256 else None
-
-
-def rebuild_xorb(name: str, xorbs: XorbStore, store: LocalStore, layout: Layout) -> bool:
-    """Make a damaged xorb anew from the files that came by it; False where these do not have all of its chunks.
-
-    The lengths of chunks come from the damaged xorb, and the hash of the new one is checked before it is kept.
-    """
-    try:
-        lengths = xorbs.lengths(name)
-        chunks = dict(_chunks_of_files(name, lengths, store, layout))
-        with xorbs.receive(name) as out:
-            for index in range(len(lengths)):
-                out.write(xorb_chunk(chunks[index]))
-    except (CorruptFileError, NotFoundError, KeyError):
-        return False
-    return True
-
-
-def _chunks_of_files(
-    name: str, lengths: Sequence[int], store: LocalStore, layout: Layout
-) -> Iterator[tuple[int, bytes]]:
-    """Chunks of a xorb by their index, cut out of whole files that have them."""
-    for place in layout.shards.glob("??/*"):
-        file = read_kept_shard(layout, place.name)
-        if file is None or not any(segment.xorb == name for segment in file.segments):
-            continue
-        if not store.keep_whole(file.sha256):
-            continue
-        at = 0
-        with store.path(file.sha256).open("rb") as source:
-            for segment in file.segments:
-                if segment.xorb == name:
-                    source.seek(at)
-                    for index in range(segment.start, min(segment.stop, len(lengths))):
-                        yield index, source.read(lengths[index])
-                at += segment.size
-
-
 def assemble(file: ShardFile, xorbs: XorbStore, store: LocalStore, limit: int) -> None:
-    """Make a file's blob, unless it is there.
+    """Make a file's blob. One that is there already is made and checked all the same: a sender must have the bytes.
 
     Raises CorruptFileError when its bytes are not those that the shard states, NotFoundError when a xorb is missing.
     """
-    if store.keep_whole(file.sha256):
-        return
     if file.size > limit:
         raise UsageError("the file is too large", expected=f"at most {limit} bytes", found=file.size)
     with storage_errors("storing an upload"), store.receive(file.sha256) as writer:
@@ -178,3 +96,15 @@ def assemble(file: ShardFile, xorbs: XorbStore, store: LocalStore, limit: int) -
                 raise CorruptFileError(
                     "a segment has another size than its shard states", expected=segment.size, found=size
                 )
+
+
+def release(files: Sequence[ShardFile], xorbs: XorbStore) -> None:
+    """Drop the xorbs whose chunks all lie in the blobs of `files`, which are there."""
+    pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+    for file in files:
+        offset = 0
+        for segment in file.segments:
+            pieces[segment.xorb].append(Piece(segment.start, segment.stop, file.sha256, offset))
+            offset += segment.size
+    for name, found in pieces.items():
+        xorbs.release(name, found)

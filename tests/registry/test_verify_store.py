@@ -15,16 +15,18 @@ from blake3 import blake3
 from fastapi.testclient import TestClient
 
 from cli.main import cli
+from composer.errors import CorruptFileError, NotFoundError
 from composer.recipe import parse_recipe
 from registry.access import Principal, Scope
 from registry.api.app import create_app
 from registry.errors import ForbiddenError
 from registry.schemas import Damage, StoreCheck
+from registry.services.integrity import RESENT
 from registry.services.jobs import JobService
 from registry.services.local import LocalRegistry
 from registry.store.chunks import CHUNK
-from registry.store.shards import Segment, ShardFile, assemble, keep_shard
-from registry.store.xorbs import LEAF_KEY, XorbStore, hash_text, xorb_chunk, xorb_hash
+from registry.store.shards import Segment, ShardFile, assemble, release
+from registry.store.xorbs import LEAF_KEY, XorbStore, hash_text, xorb_hash
 from tests.registry.test_flipped_bytes import flip
 from tests.support import write_base, write_lora
 
@@ -52,19 +54,26 @@ def stocked(registry: LocalRegistry, tmp_path: Path) -> LocalRegistry:
     return registry
 
 
+def xorb_chunk(data: bytes) -> bytes:
+    """A chunk as it lies in a xorb, uncompressed."""
+    length = len(data).to_bytes(3, "little")
+    return bytes(1) + length + bytes(1) + length + data
+
+
 def _add_xorb(registry: LocalRegistry) -> None:
-    """A file of three chunks that came by Xet."""
-
-    chunks = [np.random.default_rng(seed).bytes(size) for seed, size in ((1, 70_000), (2, 1), (3, 90_000))]
-    body = b"".join(map(xorb_chunk, chunks))
-    name, xorbs = xorb_hash(io.BytesIO(body)), XorbStore(registry.layout)
-    with xorbs.receive(name) as file:
-        file.write(body)
-    data = b"".join(chunks)
-
-    shard = ShardFile(hashlib.sha256(data).hexdigest(), (Segment(name, len(data), 0, 3),))
-    assemble(shard, xorbs, registry.store, 1 << 30)
-    keep_shard(registry.layout, shard)
+    """A file of three chunks that came by Xet; and a xorb of which no file has all chunks, so that it is kept."""
+    xorbs, names = XorbStore(registry.layout), []
+    for first in (1, 4):
+        chunks = [np.random.default_rng(first + index).bytes(size) for index, size in enumerate((70_000, 1, 90_000))]
+        body = b"".join(map(xorb_chunk, chunks))
+        names.append(xorb_hash(io.BytesIO(body)))
+        with xorbs.receive(names[-1]) as file:
+            file.write(body)
+        data = b"".join(chunks[: 3 if first == 1 else 2])
+        segment = Segment(names[-1], len(data), 0, 3 if first == 1 else 2)
+        shard = ShardFile(hashlib.sha256(data).hexdigest(), (segment,))
+        assemble(shard, xorbs, registry.store, 1 << 30)
+        release([shard], xorbs)
 
 
 def _add_graph(registry: LocalRegistry) -> None:
@@ -86,19 +95,19 @@ PLACES: dict[str, Callable[[LocalRegistry, Path], Path]] = {
     "blob": lambda registry, _: registry.store.path(
         {f.name: f.sha256 for f in registry.get_version("team/x").files}[WEIGHTS]
     ),
-    "blob-of-xet": lambda registry, _: registry.store.path(one(registry.layout.shards, "*/*").name),
     "base": lambda _, folder: folder / "base" / "model.safetensors",
     "composition": lambda registry, _: one(registry.layout.compositions, "*/model.safetensors"),
     "record": lambda registry, _: one(registry.layout.compositions, "*/composition.json"),
-    "xorb": lambda registry, _: one(registry.layout.xorbs, "*/*"),
+    "xorb": lambda registry, _: one(registry.layout.xorbs, "*/" + "?" * 64),
+    "xorb-places": lambda registry, _: one(registry.layout.xorbs, "*/*.places"),
     "graph": lambda registry, _: one(registry.layout.graphs, "*.onnx"),
     "list": lambda registry, _: next(iter(sorted(registry.layout.chunks.glob("*/*")))),
 }
 RESTORED = {
-    "blob-of-xet": "the xorbs that it came by",
     "composition": "its recipe, composed again to the same bytes",
     "record": "the database",
-    "xorb": "the files that were made of it",
+    "xorb": RESENT,
+    "xorb-places": RESENT,
     "graph": "dropped: it is made again when it is needed",
     "list": "dropped: it is made again when it is needed",
 }
@@ -130,7 +139,7 @@ def test_every_kind_of_file_is_found_damaged_alone_and_restored_where_a_copy_is_
         assert damage.restored == RESTORED.get(name), name
         if name in RESTORED:
             assert stocked.verify_store().damaged == ()
-            assert name in ("graph", "list") or path.read_bytes() == original
+            assert damage.restored.startswith("dropped") or path.read_bytes() == original
         else:
             assert damage.remedy
             flip(path, at)
@@ -182,27 +191,31 @@ def test_a_copy_that_is_damaged_too_is_not_taken_for_one(stocked: LocalRegistry,
     assert sorted((item.kind, item.restored) for item in found.damaged) == [("base", None), ("blob", None)]
 
 
-def test_a_xorb_that_nothing_can_restore_is_dropped(stocked: LocalRegistry, tmp_path: Path) -> None:
-    """It would only refuse later pushes; without its chunks' lengths it cannot be cut out of files."""
-    xorb = PLACES["xorb"](stocked, tmp_path)
-    flip(xorb, 0)
-    assert "dropped" in str(only(stocked.verify_store(repair=True)).restored)
-    assert not xorb.exists()
-
-
 def test_a_xet_read_of_a_flipped_xorb_is_refused(stocked: LocalRegistry, tmp_path: Path) -> None:
     """A file that is put together of it does not have its sha256, and does not become a blob."""
-    from composer.errors import CorruptFileError
-    from registry.store.shards import read_kept_shard
+    xorbs = XorbStore(stocked.layout)
+    for place in ("xorb", "xorb-places"):
+        path = PLACES[place](stocked, tmp_path)
+        whole = b"".join(xorbs.chunks(path.stem, 0, 2))
+        shard = ShardFile(hashlib.sha256(whole).hexdigest(), (Segment(path.stem, len(whole), 0, 2),))
+        flip(path, path.read_bytes().index(b",70000") + 1 if place == "xorb-places" else 5_000)
+        stocked.layout.blob(shard.sha256).unlink(missing_ok=True)
+        with pytest.raises((CorruptFileError, NotFoundError)):
+            assemble(shard, xorbs, stocked.store, 1 << 30)
+        assert not stocked.layout.blob(shard.sha256).exists()
 
-    blob, xorb = PLACES["blob-of-xet"](stocked, tmp_path), PLACES["xorb"](stocked, tmp_path)
-    shard = read_kept_shard(stocked.layout, blob.name)
-    assert shard is not None
-    blob.unlink()
-    flip(xorb, 5_000)
-    with pytest.raises(CorruptFileError):
-        assemble(shard, XorbStore(stocked.layout), stocked.store, 1 << 30)
-    assert not blob.exists()
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[", b"7", b"[7]", b'[["a", 1, 2]]', b"[[1, 2]]", b'[["' + b"a" * 64 + b'", -1, 2]]']
+)
+def test_places_that_are_none_are_no_xorb(stocked: LocalRegistry, tmp_path: Path, content: bytes) -> None:
+    """Whoever reads them is told that the xorb is not here, and gc removes them."""
+    path = PLACES["xorb-places"](stocked, tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(NotFoundError):
+        list(XorbStore(stocked.layout).chunks(path.stem, 0, 1))
+    stocked.collect(grace_days=0)
+    assert not path.exists()
 
 
 def test_verify_and_repair_on_the_command_line_and_over_rest(

@@ -212,7 +212,7 @@ class CommitReader:
             file = File.model_validate(value)
             if not is_ignored(file.path):
                 data = base64.b64decode(file.content) if file.encoding == "base64" else file.content.encode()
-                self.operations.append(Put(_check_path(file.path), self._keep(file.path, data)))
+                self.operations.append(Put(_check_path(file.path), self._keep(file.path, data), sent=True))
         elif key == "lfsFile":
             large = LargeFile.model_validate(value)
             self.operations.append(Put(_check_path(large.path), large.oid))
