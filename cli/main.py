@@ -60,7 +60,7 @@ COMMANDS = {
     "delta": "delta",
     "inspect": "compose",
     "sign": "provenance",
-    "verify": "provenance",
+    "verify": "integrity",
     "jobs": "jobs",
     "worker": "jobs",
     "bench": "bench",

@@ -30,9 +30,12 @@ def test_from_a_key_to_a_proof(run: Any, tmp_path: Path) -> None:
     assert run("verify", "./out", "--format", "quiet").stdout.startswith("sha256:")
     run("verify", "./out", "--public-key", keys.public, code=3)
     assert run("sign", "./out", "--key", keys.private, "--format", "quiet").stdout.strip() == key
-    found = json.loads(run("verify", "./out", "--public-key", keys.public, "--rebuild", "--format", "json").stdout)
+    (found,) = json.loads(run("verify", "./out", "--public-key", keys.public, "--rebuild", "--format", "json").stdout)
     assert (found["signed_by"], found["attested"], found["rebuilt"]) == (key, True, True)
+    both = run("verify", "./out", "team/shout", "--public-key", keys.public, "--format", "quiet").stdout.split()
+    assert both == [found["digest"], shown["digest"]]
     tamper(Path("out"), "model.safetensors")
     refused = run("verify", "./out", "--format", "json", code=5)
     assert json.loads(refused.stderr)["error"]["fields"]["changed"] == ["model.safetensors"]
-    run("verify", "team/shout", "--rebuild", code=2)
+    for words in (["team/shout", "--rebuild"], [], ["./out", "--all"], ["--all", "--rebuild"]):
+        run("verify", *words, code=2)
