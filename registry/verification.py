@@ -13,7 +13,6 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from composer.attestation import provenance_statement
 from composer.errors import CorruptFileError, NotFoundError, TypedError, UsageError
 from composer.files import folder_files, read_json, sha256_file
 from composer.formats import find_format
-from composer.provenance import manifest_digest, read_record
+from composer.provenance import installed_version, manifest_digest, read_record
 from composer.recipe import Recipe, is_path
 from composer.sinks import write_file
 from registry.claims import fingerprint_folder
@@ -214,7 +213,7 @@ def _checked(folder: Path, files: Mapping[str, Path], signature: Path) -> dict[s
     record = read_json(files[RECORD])
     try:
         outputs = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in record["outputs"].items()}
-        consistent = manifest_digest(record["outputs"]) == record["output_digest"]
+        consistent = manifest_digest(record["outputs"]) == record["output_digest"] and bool(dict(record["tool"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFileError(
             f"{RECORD} does not list what was written",
@@ -268,7 +267,7 @@ def _rebuild(registry: Registry, folder: Path, record: dict[str, Any], progress:
         found = {name: entry["sha256"] for name, entry in result.record["outputs"].items()}
     recorded = {name: entry["sha256"] for name, entry in record["outputs"].items()}
     if different := sorted({name for name, _ in found.items() ^ recorded.items()}):
-        then, now = record["tool"], {name: _version(name) for name in record["tool"]}
+        then, now = record["tool"], {name: installed_version(name) for name in record["tool"]}
         raise CompositionChangedError(
             f"composing {folder.name} again gives other bytes: {', '.join(different)}",
             expected=record["output_digest"],
@@ -306,10 +305,3 @@ def _unsigned(label: str, remedy: str) -> NotFoundError:
 
 def _versions(tool: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in tool.items())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
