@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-__all__ = ["COLUMNS", "PAGE", "read_table"]
+__all__ = ["COLUMNS", "INTRODUCTION", "PAGE", "read_table"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 # Column → flavour and dtype
@@ -45,7 +45,7 @@ Weights that do not fit the graph are refused when they are bound, by the names 
 
 ## Measured
 
-Written by `python -m tests.bench.onnx_table`. Tiny random models (hidden size 16 to 32, one or two layers) on
+Written by `python -m tests.bench.onnx_table`. Tiny random models (hidden size 32, one or two layers) on
 ONNX Runtime's CPU provider: the largest difference from torch in float32 over one prompt, a padded batch and, for models
 that generate, a prefill in two parts and 8 tokens decoded with the cache. *Allowed* is what the export accepts, 2e-5 of
 the largest value that torch gives. CUDA: not measured, no device was at hand.

@@ -30,7 +30,7 @@ from composer.exporters.onnx.graph_cache import digest_of
 from composer.exporters.onnx.session import forward
 from composer.exporters.onnx.skeleton import quiet
 from composer.tensors import encode_header, read_header
-from tests.bench.onnx_table import COLUMNS, PAGE, read_table
+from tests.bench.onnx_table import COLUMNS, INTRODUCTION, PAGE, read_table
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -656,7 +656,9 @@ def test_the_table_has_no_untested_row() -> None:
 
 def test_the_documented_table_has_every_row_and_column() -> None:
     """docs/onnx.md is measured by `python -m tests.bench.onnx_table`; no architecture, dtype or flavour is missing."""
-    columns, rows = read_table(PAGE.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    columns, rows = read_table(page)
+    assert page.startswith(INTRODUCTION)
     assert columns == COLUMNS
     assert {name: row[1:3] for name, row in rows.items()} == {
         name: [row.task, str(row.opset)] for name, row in ARCHITECTURES.items()
