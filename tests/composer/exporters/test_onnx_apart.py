@@ -32,6 +32,7 @@ from composer.exporters.onnx import separate as separate_module
 from composer.exporters.onnx.adapted import activate, adapters_in
 from composer.exporters.onnx.append import append_adapters
 from composer.exporters.onnx.session import forward
+from composer.provenance import read_record, record_file, sealed
 from composer.recipe import Export, Placement
 from composer.run import Outcome, compose
 from tests.composer.prompts import make_model
@@ -413,7 +414,7 @@ def test_adding_later_gives_the_bytes_of_composing_at_once(
                 assert (out / file).stat().st_ino == nodes[file]
                 assert (out / file).read_bytes()[4096 : len(data)] == data[4096:]
     assert folder_bytes(out) == folder_bytes(whole.out)
-    assert record == json.loads((out / "composition.json").read_text())
+    assert record == read_record(out / "composition.json")
     for field in ("output_digest", "outputs", "adapters"):
         assert record[field] == whole.record[field]
     assert record["export"]["adapters"] == whole.record["export"]["adapters"]
@@ -446,7 +447,7 @@ def test_an_addition_that_fails_leaves_the_folder_as_it_was(
     other = shutil.copytree(added, tmp_path / "other")
     record = json.loads((other / "composition.json").read_text())
     record["outputs"]["model.safetensors"]["sha256"] = "0" * 64
-    (other / "composition.json").write_text(json.dumps(record))
+    (other / "composition.json").write_bytes(record_file(sealed(record)))
     refused(IncompatibleError, "another base", other)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
