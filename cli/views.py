@@ -22,6 +22,7 @@ from registry.schemas import (
     LineageInfo,
     NamespaceInfo,
     PlanInfo,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -45,6 +46,7 @@ __all__ = [
     "lineage_table",
     "namespace_table",
     "plan_block",
+    "store_check_block",
     "template_lines",
     "token_table",
     "verdict_lines",
@@ -405,6 +407,20 @@ def checks_table(checks: Sequence[DoctorCheck]) -> str:
     text = table(("", "CHECK", "DETAIL"), [("ok" if c.ok else "FAIL", c.name, c.detail) for c in checks], "no checks")
     remedies = [f"{check.name}: {check.remedy}" for check in checks if not check.ok and check.remedy]
     return "\n".join([text, *([""] if remedies else []), *remedies])
+
+
+def store_check_block(found: StoreCheck) -> str:
+    """How much was hashed, and what is damaged: a line each, what it is used by, and what was or can be done."""
+    count = f"{found.files} files, {size(found.nbytes)}"
+    if not found.damaged:
+        return f"{count}: all as they were stored"
+    rows = [(item.kind, item.name, item.found, "yes" if item.restored else "no") for item in found.damaged]
+    lines = [f"{count}, {len(found.damaged)} damaged", "", table(("KIND", "FILE", "FOUND", "RESTORED"), rows, ""), ""]
+    for item in found.damaged:
+        done = [("restored", item.restored), ("remedy", item.remedy)]
+        facts = block([("used by", item.used_by), ("tensors", item.tensors), *done])
+        lines += [f"{item.kind} {clean(item.name)}", facts, ""]
+    return "\n".join(lines).rstrip()
 
 
 def inspection(facts: dict[str, Any]) -> str:

@@ -70,6 +70,7 @@ from registry.store.local import LocalStore
 __all__ = ["Compositions", "Prepared", "Resolved"]
 
 RECORD = "composition.json"
+SMALL = 16 << 20  # of a file that is no shard, this much is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,14 @@ class ResolvedBase:
     licence: str | None
     quantised_from: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, of a registered base
+
+    def verify_heads(self, chunks: ChunkStore) -> None:
+        """Read what a plan is made of: headers and small files. Raises BlobCorruptError as `verify` does."""
+        heads = {shard.header.path: shard.header for shard in self.checkpoint.shards}
+        for name, sha256 in self.digests.items():
+            path = self.checkpoint.files[name]
+            first = next(iter(heads[path].tensors.values()), None) if path in heads else None
+            chunks.reader(path, sha256).read_at(0, first.offset if first else SMALL)
 
     def verify(self, chunks: ChunkStore) -> None:
         """Read every file of a registered base. Raises BlobCorruptError for one that is not what was registered."""
@@ -386,10 +395,12 @@ class Compositions:
                 files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
                 checkpoint = open_checkpoint(unchanged_files(row, files))
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
-                return ResolvedBase(
+                base = ResolvedBase(
                     checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent,
                     {file.name: file.sha256 for file in files},
                 )  # fmt: skip
+                base.verify_heads(self._store.chunks)
+                return base
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
