@@ -158,7 +158,7 @@ def against_merged(case: Case, work: Path, count: int) -> Iterator[str]:
     merged = open_session(case.base / MODEL_FILE, threads=1)
     separate = open_session(case.separate(work / "separate") / MODEL_FILE, threads=1)
     multi = open_session(case.multi(work / "multi") / MODEL_FILE, threads=1)
-    batches = {"1": ["0"], **{f"8, {many} adapters": [str(n % many) for n in range(8)] for many in (1, 2, 4, 8)}}
+    batches = {"1": ["0"], **{f"8, of {many} adapters": [str(n % many) for n in range(8)] for many in (1, 2, 4, 8)}}
     for label, rows in batches.items():
         steps = {
             "merged": stepper(merged, len(rows)),
@@ -200,7 +200,7 @@ def main(layers: int, steps: int, base: Path | None, work: Path | None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="multi-", dir=work))
     try:
         base = base or make_base(folder / "base", layers)
-        click.echo("| rows of a batch | merged, ms a step | separate ÷ merged | multi ÷ merged |\n|---|---|---|---|")
+        click.echo("| rows of a batch | merged, ms a step | speed of separate | speed of multi |\n|---|---|---|---|")
         for line in against_merged(Case(base, 8, 16, ALL_LINEAR), folder, steps):
             click.echo(line)
         heads = " | ".join(f"{number} present" for number in numbers)
