@@ -190,6 +190,33 @@ def test_a_classifier_takes_adapters_either_way(models: Models, graphs: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("placement", [Placement.SEPARATE, Placement.MULTI])
+def test_bound_inputs_have_the_adapter_too(placement: Placement, models: Models, graphs: Path, tmp_path: Path) -> None:
+    """ONNX Runtime leaves an active adapter out where inputs are bound to it; oracle: the same session's plain run."""
+    base, adapters = models["llama"]
+    out = export(base, adapters, tmp_path / "out", graphs, placement).out
+    session = open_session(out / "model.onnx", threads=1)
+    ids = IDS.numpy()
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(7)[None].repeat(2, axis=0),
+    }
+    feeds |= {
+        item.name: np.zeros((2, 2, 0, 16), np.float32) for item in session.get_inputs() if item.name.startswith("past")
+    }
+    for path in adapters:
+        adapted = activate(session, out, path.name)
+        binding = adapted.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+        adapted.run_with_iobinding(binding)
+        assert np.array_equal(binding.copy_outputs_to_cpu()[0], adapted.run(["logits"], feeds)[0])
+        assert np.abs(run(session, IDS) - binding.copy_outputs_to_cpu()[0]).max() > 1e-3
+
+
+@pytest.mark.slow
 def test_one_number_holds_for_all_rows_and_none_is_the_base(models: Models, graphs: Path, tmp_path: Path) -> None:
     """A graph with adapters in it serves who knows nothing of them; names are as in separate files."""
     base, adapters = models["llama"]
