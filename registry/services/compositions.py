@@ -29,6 +29,7 @@ from composer.companions import companion_files
 from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.parts import remove_dead_parts
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.probe import probe_digest
@@ -367,7 +368,9 @@ class Compositions:
             key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
-            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
+            # A process that was killed may have got no further than the files.
+            remove_dead_parts(out)
+            self._record(resolved, key, earlier)
             return _info(recipe, out, earlier, beside, screened.whole, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
