@@ -324,6 +324,7 @@ class RemoteRegistry:
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
     ) -> CompositionInfo:
         """Run a job on the service and download what it made. An interrupt cancels the job.
@@ -347,6 +348,8 @@ class RemoteRegistry:
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
             job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
             files = _outputs(result)
+            if publish is not None:
+                result = result.model_copy(update={"published": self._publish_job(job.id, publish, progress)})
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
             sink = sink or stack.enter_context(FolderSink(out))
@@ -364,6 +367,16 @@ class RemoteRegistry:
         """Queue a compose."""
         body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
         return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue the publication of a composition."""
+        body = {"name": refuse_path(name, "the name")}
+        return self._read(self._send("POST", f"/jobs/{_segment(job_id)}/publication", json=body), JobInfo)
+
+    def _publish_job(self, job_id: str, name: str, progress: Progress | None) -> str:
+        job = self.submit_publication(job_id, name)
+        found: BaseInfo | PublishResult = self._wait(job, (BaseInfo, PublishResult), progress)[1]
+        return found.name if isinstance(found, BaseInfo) else f"{found.version.name}@{found.version.version}"
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -502,7 +515,7 @@ class RemoteRegistry:
             raise self._odd_reply(error) from error
         return (DoctorCheck(name="service", ok=True, detail=self.url), *checks)
 
-    def _wait(self, job: JobInfo, model: type[M], progress: Progress | None) -> tuple[JobInfo, M]:
+    def _wait(self, job: JobInfo, model: type[M] | tuple[type[M], ...], progress: Progress | None) -> tuple[JobInfo, M]:
         """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""
         path, wait = f"/jobs/{_segment(job.id)}", FIRST_POLL_S
         try:

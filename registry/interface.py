@@ -228,16 +228,22 @@ class Registry(Protocol):
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
     ) -> CompositionInfo:
         """Compose into the new folder `out`. `accept_licences`: even where they conflict.
 
-        probe: a text, whose perplexity before and after goes into the record.
+        probe: a text, whose perplexity before and after goes into the record. publish: the name of the base, or of the
+        adapter (export peft), that the result becomes.
         """
         ...
 
     def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
+        ...
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue that what a compose made becomes the base `name`, or the adapter (export peft)."""
         ...
 
     def list_jobs(

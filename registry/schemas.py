@@ -313,6 +313,7 @@ class CompositionInfo(Schema):
     cached: bool = Field(description="whether the same recipe over the same inputs was there already")
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    published: str | None = Field(default=None, description="the base or the adapter that it was published as")
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
 
@@ -363,7 +364,9 @@ class JobInfo(Schema):
     """A piece of work that runs in the background."""
 
     id: str
-    kind: str = Field(description="compose, base (fingerprint and register), verify, extract, resize, delta or restore")
+    kind: str = Field(
+        description="compose, publication, base (fingerprint and register), verify, extract, resize, delta or restore"
+    )
     title: str = Field(description="the recipe, or the names of what is read")
     state: JobState
     recipe: Recipe | None = None

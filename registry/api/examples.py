@@ -72,6 +72,7 @@ BODIES: Mapping[str, Any] = {
     "DeprecationRequest": {"reason": "2.0.0 answers shorter", "successor": "team/shout@2.0.0"},
     "ExtractRequest": {"finetune": "smollm2-chat", "base": "smollm2", "rank": 32},
     "MemberRequest": {"role": "publisher"},
+    "PublicationRequest": {"name": "team/loud-smollm2"},
     "ReasonRequest": {"reason": "trained on the wrong data"},
     "RecipeRequest": {"recipe": RECIPE, "method": "linear", "export": "safetensors"},
     "ResizeRequest": {"ref": "team/shout@1.0.0", "energy": 0.99},

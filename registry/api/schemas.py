@@ -21,6 +21,7 @@ __all__ = [
     "ExtractRequest",
     "Health",
     "MemberRequest",
+    "PublicationRequest",
     "ReasonRequest",
     "RecipeRequest",
     "ResizeRequest",
@@ -110,6 +111,12 @@ class RecipeRequest(_Request):
     original: str | None = Field(default=None, min_length=1, description="the base that a quantised one was made of")
     requantise: bool = Field(default=False, description="write the result quantised as the base is")
     min_survival: float = Field(default=0.1, ge=0, le=1, description="what requantising must leave of each adapter")
+
+
+class PublicationRequest(_Request):
+    """What a composition is to be called."""
+
+    name: str = Field(min_length=1, max_length=200, description="of the base, or of the adapter (export peft)")
 
 
 class SizedRequest(_Request):

@@ -56,7 +56,7 @@ from registry.schemas import (
 )
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
-from registry.services.lifecycle import refuse_quarantined
+from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
 from registry.store.layout import Layout
@@ -349,6 +349,7 @@ class Compositions:
             else:
                 row = find_base(session, ref)
             if row is not None:
+                refuse_tainted(session, row)
                 facts = base_facts(session, row)
                 checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
                     select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip

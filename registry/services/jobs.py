@@ -32,6 +32,7 @@ from registry.errors import DiskLimitError, ForbiddenError, JobNotFoundError, Qu
 from registry.lifecycle import require_usable
 from registry.models import JobRow, now
 from registry.schemas import CompositionInfo, ConversionInfo, DeltaInfo, JobInfo, JobState, Page, Relation
+from registry.services.composed import require_publication
 from registry.services.job_kinds import WITH_FILES
 from registry.services.lifecycle import refuse_quarantined
 
@@ -109,6 +110,21 @@ class JobService:
         info = self._registry.get_base(base)
         key = hashlib.sha256(f"verify {info.fingerprint}".encode()).hexdigest()
         return self.enqueue("verify", info.name, {"base": info.fingerprint}, key=key, reuse=False)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue that what a compose made becomes a base or an adapter. Raises ConflictError for a job without."""
+        info = self.get(job_id)
+        self.files(job_id)
+        if not isinstance(info.result, CompositionInfo):
+            raise ConflictError(
+                f"job {job_id} composed nothing", expected="a compose that succeeded", found=info.kind,
+                remedy="see 'registry jobs list'",
+            )  # fmt: skip
+        with session_scope(self._engine, writes=True) as session:
+            require_publication(session, name, info.result.export)
+        key = hashlib.sha256(json.dumps(["publication", job_id, name]).encode()).hexdigest()
+        request = {"job": job_id, "name": name}
+        return self.enqueue("publication", f"{name} = {info.title}", request, key=key, reuse=False)
 
     def submit_conversion(self, kind: str, request: Mapping[str, Any]) -> JobInfo:
         """Queue an extract, resize, delta or restore: `request` holds the parameters of the registry's method.

@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
 from registry.access import LOCAL, Principal, Role, Scope
-from registry.db import create_database_engine, migrate
+from registry.db import create_database_engine, migrate, session_scope
 from registry.interface import DEFAULT_DAYS, DEFAULT_MAX_BYTES, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
 from registry.lifecycle import require_usable
 from registry.schemas import (
@@ -48,6 +48,7 @@ from registry.schemas import (
 from registry.services.audit import AuditLog
 from registry.services.catalogue import Catalogue
 from registry.services.collection import Collection
+from registry.services.composed import Composed, published_name, require_publication
 from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
@@ -103,6 +104,7 @@ class LocalRegistry:
         self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
         self.received = Received(self.engine)
         self._importing = Importing(layout, self._publishing)
+        self._composed = Composed(self.engine, layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)
         self._namespaces = Namespaces(self.engine)
@@ -322,11 +324,27 @@ class LocalRegistry:
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
-        return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences, probe)
+        if publish is not None:
+            with session_scope(self.engine, writes=True) as session:
+                require_publication(session, publish, recipe.export.value)
+        result = self._compositions.compose(recipe, out, replace, progress, pins, accept_licences, probe)
+        if publish is None:
+            return result
+        return result.model_copy(update={"published": published_name(self.publish_composed(Path(result.out), publish))})
+
+    def publish_composed(
+        self, folder: Path, name: str, *, progress: Progress | None = None
+    ) -> BaseInfo | PublishResult:
+        """Make the composition in `folder` a base, or an adapter, of that name."""
+        return self._composed.publish(folder, name, progress)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        return self._jobs.submit_publication(job_id, name)
 
     def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         return self._jobs.submit(recipe, accept_licences=accept_licences)

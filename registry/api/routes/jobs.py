@@ -16,6 +16,8 @@ from composer.files import sha256_file
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
+from registry.api.rules import refuse_path
+from registry.api.schemas import PublicationRequest
 from registry.schemas import CompositionInfo, ConversionInfo, DeltaInfo, FileInfo, JobInfo, JobState, Page
 
 router = APIRouter(tags=["jobs"])
@@ -96,6 +98,19 @@ def cancel(job_id: str, jobs: Jobs) -> JobInfo:
 def retry(job_id: str, jobs: Jobs) -> JobInfo:
     """Queue a failed or cancelled job again."""
     return jobs.retry(job_id)
+
+
+@router.post(
+    "/jobs/{job_id}/publication",
+    summary="Publish a composition",
+    status_code=202,
+    dependencies=[Depends(require(Scope.PUBLISH))],
+)
+def publish(job_id: str, body: PublicationRequest, response: Response, jobs: Jobs) -> JobInfo:
+    """Queue a job that makes what a compose made a base, or an adapter (export peft), for all who load by name."""
+    job = jobs.submit_publication(job_id, refuse_path(body.name, "the name"))
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
 
 
 @router.get("/jobs/{job_id}/files", summary="List a job's files")
