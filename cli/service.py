@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -16,7 +16,7 @@ from cli.options import LOG_FORMATS, Settings, common_options, pass_settings
 from cli.output import emit
 from composer.errors import ConflictError, PolicyError, TypedError, UsageError
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "end_now"]
 
 RATE = 6000  # requests a minute of one token
 
@@ -95,8 +95,14 @@ def serve(
     finally:
         local.close()
         if app is not None and app.state.left_behind:
-            sys.stderr.flush()
-            os._exit(0)  # a thread inside torch would make Python's own way out abort
+            end_now()
+
+
+def end_now() -> NoReturn:
+    """End the process where a thread was left behind: one inside torch would make Python's own way out abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _application(local: Any, queue: Any, *, tokens: bool, rate: int | None, max_upload: int | None) -> Any:
@@ -182,12 +188,21 @@ def _run(app: Any, listener: socket.socket, log_format: str, *, quiet: bool) -> 
 
 
 @click.command()
+@click.option("--repair", is_flag=True, help="Hash everything that is stored, and restore what is damaged.")
 @common_options
 @pass_settings
-def doctor(settings: Settings) -> None:
-    """Check that everything is in place; exits with 1 when something is not."""
+def doctor(settings: Settings, repair: bool) -> None:
+    """Check that everything is in place; exits with 1 when something is not.
+
+    --repair restores a damaged file from another copy of its bytes, the xorbs that it came by, or its recipe; what is
+    made anew anyway is dropped. It exits with 5 where something stays damaged, and says what to do.
+    """
+    from cli.integrity import show_store_check
     from cli.views import checks_table
 
+    if repair:
+        show_store_check(settings, repair=True)
+        return
     checks = settings.registry.doctor()
     failed = [check for check in checks if not check.ok]
     emit(settings, checks, lambda: checks_table(checks), lambda: [check.name for check in failed])

@@ -48,6 +48,7 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -107,6 +108,7 @@ class RemoteRegistry:
         progress: Progress | None = None,
     ) -> BaseInfo:
         """Upload a checkpoint (its weights and the files that go along), which a job on the service fingerprints."""
+        from composer.admission import left_out
         from composer.checkpoint import INDEX, open_checkpoint
         from composer.files import copy_names
         from registry.names import base_name, slug
@@ -119,7 +121,8 @@ class RemoteRegistry:
                   "license": license}  # fmt: skip
         files = {item: checkpoint.files[item] for item in names}
         job = self._upload("/bases?background=true", JobInfo, fields, files, progress)
-        return self._wait(job, BaseInfo, progress)[1]
+        info = self._wait(job, BaseInfo, progress)[1]
+        return info.model_copy(update={"warnings": (*left_out(checkpoint.files), *info.warnings)})
 
     def list_bases(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[BaseInfo]:
         """Registered bases by name."""
@@ -185,10 +188,12 @@ class RemoteRegistry:
         tags: tuple[str, ...] = (),
         description: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> PublishResult:
         """Upload an adapter; its base, where that is a folder of this machine, is fingerprinted here."""
         from composer.adapters import open_adapter
+        from composer.admission import admit, left_out
         from registry.claims import claim_from_folder, fingerprint_folder, read_card
         from registry.services.publishing import publishable_files
 
@@ -201,8 +206,13 @@ class RemoteRegistry:
             base = claim_from_folder(adapter, card, read_paths=True, progress=progress).fingerprint
         fields = {"name": "/".join(adapter_name(name)), "version": version, "base": base, "license": license,
                   "tags": tags, "description": description,
-                  "private": None if private is None else str(private).lower()}  # fmt: skip
-        return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
+                  "private": None if private is None else str(private).lower(),
+                  "allow_nonfinite": "true" if allow_nonfinite else None}  # fmt: skip
+        chosen = publishable_files(adapter)
+        admit(chosen)
+        result = self._upload("/adapters", PublishResult, fields, chosen, progress)
+        unsafe = left_out(set(adapter.files) - set(chosen))
+        return result.model_copy(update={"warnings": (*unsafe, *result.warnings)})
 
     def import_model(
         self,
@@ -514,6 +524,11 @@ class RemoteRegistry:
         except (ValidationError, KeyError, TypeError) as error:
             raise self._odd_reply(error) from error
         return (DoctorCheck(name="service", ok=True, detail=self.url), *checks)
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """On the service, which answers when all of its files are hashed."""
+        answer = self._send("POST", "/store/checks", params={"repair": str(repair).lower()}, timeout=UPLOAD_TIMEOUT)
+        return self._read(answer, StoreCheck)
 
     def _wait(self, job: JobInfo, model: type[M] | tuple[type[M], ...], progress: Progress | None) -> tuple[JobInfo, M]:
         """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""

@@ -33,6 +33,7 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -119,11 +120,13 @@ class Registry(Protocol):
         tags: tuple[str, ...] = (),
         description: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> PublishResult:
         """Publish an adapter folder. `base`: a registered name, a fingerprint, or (locally) a checkpoint folder.
 
-        private: whether a new adapter is seen by the members of its namespace only.
+        private: whether a new adapter is seen by the members of its namespace only. allow_nonfinite: NaN and infinities
+        in its weights are a warning and no error; compose still refuses them.
         """
         ...
 
@@ -346,4 +349,8 @@ class Registry(Protocol):
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
         """Is everything in place?"""
+        ...
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """Hash everything that is stored; with `repair`, restore what is damaged where a copy is left."""
         ...

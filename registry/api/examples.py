@@ -44,6 +44,7 @@ from registry.schemas import (
     Readiness,
     Reason,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -63,7 +64,7 @@ PARAMETERS: Mapping[str, Any] = {
     "job_id": JOB, "kind": "lora", "license": "apache-2.0", "limit": 20, "name": "shout", "namespace": "team",
     "q": "loud answers", "rank": 16, "subject": "alice", "tag": "style", "target": "team/shout@1.0.0",
     "task": "CAUSAL_LM", "token_id": TOKEN, "version": "1.0.0", "level": "exact", "state": "succeeded",
-    "background": True, "accept_licences": False,
+    "background": True, "accept_licences": False, "repair": False,
 }  # fmt: skip
 BODIES: Mapping[str, Any] = {
     "AliasRequest": {"version": "1.0.0"},
@@ -160,6 +161,7 @@ def _answers() -> dict[str, BaseModel]:
         NamespaceInfo(name="team", members=(Member(subject="alice", role=Role.OWNER),)),
         AuditEntry(id=1, at=AT, subject="alice", token=TOKEN, action="publish", target="team/shout@1.0.0"),
         Collected(dry_run=True, blobs=3, uploads=0, compositions=1, jobs=2, records=0, nbytes=271_000_000),
+        StoreCheck(files=812, nbytes=3_400_000_000),
         Whoami(subject="alice", scopes=(Scope.PUBLISH,), namespaces=("team",), token=TOKEN),
         DoctorReport(ok=True, checks=(check,)),
         Health(version=__version__),

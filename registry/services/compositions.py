@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,17 @@ import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.companions import companion_files
-from composer.errors import TypedError, WeakCompatibilityError
+from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.probe import probe_digest
-from composer.provenance import manifest_digest
+from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
+from composer.templates import chat_templates, template_diff
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
@@ -59,10 +63,14 @@ from registry.services.catalogue import base_facts, find_base, find_version, ver
 from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
+from registry.store.chunks import ChunkStore
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
 __all__ = ["Compositions", "Prepared", "Resolved"]
+
+RECORD = "composition.json"
+SMALL = 16 << 20  # of a file that is no shard, this much is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,20 @@ class ResolvedBase:
     chat_template: str | None
     licence: str | None
     quantised_from: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, of a registered base
+
+    def verify_heads(self, chunks: ChunkStore) -> None:
+        """Read what a plan is made of: headers and small files. Raises BlobCorruptError as `verify` does."""
+        heads = {shard.header.path: shard.header for shard in self.checkpoint.shards}
+        for name, sha256 in self.digests.items():
+            path = self.checkpoint.files[name]
+            first = next(iter(heads[path].tensors.values()), None) if path in heads else None
+            chunks.reader(path, sha256).read_at(0, first.offset if first else SMALL)
+
+    def verify(self, chunks: ChunkStore) -> None:
+        """Read every file of a registered base. Raises BlobCorruptError for one that is not what was registered."""
+        for name, sha256 in self.digests.items():
+            chunks.verify(self.checkpoint.files[name], sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +197,20 @@ class Resolved:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @contextmanager
+    def verifying(self, chunks: ChunkStore) -> Iterator[Callable[[], None]]:
+        """Hash the registered bases meanwhile; the function that is given waits for the end.
+
+        It raises BlobCorruptError where a file is not what was registered: a byte that a disk has lost changes no time.
+        """
+        bases = {id(base): base for base in (self.base, self.target)}
+        with ThreadPoolExecutor(1) as pool:
+            checks = [pool.submit(base.verify, chunks) for base in bases.values()]
+            try:
+                yield lambda: [check.result() for check in checks] and None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
     @property
     def digests(self) -> set[str]:
         """The fingerprints of the base and of its original, and the digests of the adapters."""
@@ -239,11 +275,12 @@ class Compositions:
         return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
-        recipe, plan = resolved.recipe, prepare_export(self._plan(resolved))
+        recipe, asked = resolved.recipe, self._plan(resolved)
+        plan = prepare_export(asked)
         in_place = find_plan_exporter(recipe.export)
-        per_term = [
-            sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
-        ]
+        changes = [item.term for job in plan.jobs for item in job.deltas]
+        changes += [item.term for adapter in plan.apart for _, item in adapter.deltas]
+        per_term = Counter(changes)
         added: dict[str, int] = {}
         if recipe.requantise:
             files, along = requantised_files(plan), requantised_companions(plan)
@@ -254,6 +291,7 @@ class Compositions:
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
         companions = {name: len(data) for name, data in along}
+        base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -266,14 +304,15 @@ class Compositions:
                     digest=item.digest,
                     weight=item.term.weight,
                     verdict=item.verdict,
-                    tensors=count,
+                    tensors=per_term[index],
+                    chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
-                for item, count in zip(resolved.adapters, per_term, strict=True)
+                for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
             warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
-            advice=tuple(plan_advice(plan)),
+            advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
@@ -303,13 +342,16 @@ class Compositions:
         if text is not None:
             key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
         if (earlier := _earlier(out, key)) is not None:
+            _require_whole(out, earlier)
             self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
             return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
-        outcome = compose(
-            plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text
-        )
+        with resolved.verifying(self._store.chunks) as confirm:
+            outcome = compose(
+                plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text,
+                confirm=confirm,
+            )  # fmt: skip
         self._record(resolved, key, outcome.record)
         return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
 
@@ -351,12 +393,15 @@ class Compositions:
             if row is not None:
                 refuse_tainted(session, row)
                 facts = base_facts(session, row)
-                checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
-                    select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
+                files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
+                checkpoint = open_checkpoint(unchanged_files(row, files))
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
-                return ResolvedBase(
-                    checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent
-                )
+                base = ResolvedBase(
+                    checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent,
+                    {file.name: file.sha256 for file in files},
+                )  # fmt: skip
+                base.verify_heads(self._store.chunks)
+                return base
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
@@ -470,6 +515,20 @@ def _earlier(out: Path, key: str) -> dict[str, Any] | None:
     except (TypedError, OSError, KeyError, TypeError):
         return None
     return record if same else None
+
+
+def _require_whole(out: Path, record: dict[str, Any]) -> None:
+    """Raise IntegrityError where a file of the result that lies there already is not what was written."""
+    read_record(out / RECORD)
+    changed = sorted(name for name, entry in record["outputs"].items() if sha256_file(out / name) != entry["sha256"])
+    if changed:
+        raise IntegrityError(
+            f"{out} holds this very composition, but {', '.join(changed)} changed since",
+            expected="the bytes that were written",
+            found=changed,
+            remedy="remove the folder, and compose it again",
+            path=out,
+        )
 
 
 def _info(

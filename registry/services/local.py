@@ -41,6 +41,7 @@ from registry.schemas import (
     PublishResult,
     Readiness,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -55,6 +56,7 @@ from registry.services.diagnosis import diagnose
 from registry.services.downloads import Downloads
 from registry.services.importing import Importing
 from registry.services.inspection import Inspection
+from registry.services.integrity import check_store
 from registry.services.jobs import JobService
 from registry.services.lifecycle import Lifecycle
 from registry.services.lineage import Lineage
@@ -67,6 +69,7 @@ from registry.services.received import Received
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
+from registry.services.templates import with_template_diff
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
@@ -203,13 +206,15 @@ class LocalRegistry:
         tags: tuple[str, ...] = (),
         description: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
         read_paths: bool = True,
     ) -> PublishResult:
         """As the protocol says; `read_paths=False` for uploads: paths in them are not looked up on this machine."""
         return self._publishing.publish(
-            folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths
-        )
+            folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
 
     def import_model(
         self,
@@ -264,7 +269,7 @@ class LocalRegistry:
         return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
-        return self._catalogue.get_version(*split_reference(ref))
+        return with_template_diff(self.engine, self.store, self._catalogue.get_version(*split_reference(ref)))
 
     def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
         return self._catalogue.list_versions(name, limit, cursor)
@@ -433,3 +438,6 @@ class LocalRegistry:
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
         return diagnose(self.engine, self.layout)
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        return check_store(self, repair=repair, progress=progress)

@@ -19,8 +19,8 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from composer.adapters import open_adapter
+from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
-from composer.files import refuse_pickles
 from composer.sinks import storage_errors
 from registry.access import Role
 from registry.claims import read_card
@@ -131,7 +131,7 @@ class Pushing:
             files = self._apply(before, operations)
             if commit_id(files.values()) == before.commit:
                 return Pushed(before.commit)
-            refuse_pickles({path: Path(path) for path in files}, "safetensors")
+            refuse_unsafe(files)
             outcome = self._publish(place, files) if branch == MAIN else self._draft(files)
             oid = commit_id(outcome.files.values())
             with session_scope(self._engine, writes=True) as session:
@@ -209,11 +209,11 @@ class Pushing:
         size = self._store.path(item.sha256).stat().st_size
         return FileInfo(name=item.path, size=size, sha256=item.sha256)
 
-    def _paths(self, files: Mapping[str, FileInfo]) -> dict[str, Path]:
-        return {path: self._store.path(file.sha256) for path, file in files.items()}
+    def _paths(self, files: Mapping[str, FileInfo], *, verify: bool = False) -> dict[str, Path]:
+        return {path: self._store.path(file.sha256, verify=verify) for path, file in files.items()}
 
     def _publish(self, place: Located, files: Mapping[str, FileInfo]) -> _Outcome:
-        paths = self._paths(files)
+        paths = self._paths(files, verify=True)
         read_card(paths.get(CARD))  # a card that does not parse is refused, whatever it lies beside
         kind = holding(paths)
         if kind is Holding.ADAPTER and place.base is None:

@@ -5,6 +5,7 @@ REGISTRY_HOME/                       default ~/.local/share/registry
 ├── store/
 │   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
 │   ├── xorbs/ab/abcd…               chunks that Xet clients uploaded; abcd….places where they are in blobs by now
+│   ├── chunks/ab/abcd…              digests of the chunks of files, for reading ranges of them
 │   └── incoming/                    half-written blobs; nothing reads them
 ├── graphs/                          weightless ONNX graphs, one an architecture
 ├── uploads/                         bases that came over REST
@@ -50,6 +51,11 @@ class Layout:
         return self.home / "store" / "xorbs"
 
     @property
+    def chunks(self) -> Path:
+        """The folder of lists of chunk digests."""
+        return self.home / "store" / "chunks"
+
+    @property
     def incoming(self) -> Path:
         """Half-written blobs."""
         return self.home / "store" / "incoming"
@@ -89,3 +95,7 @@ class Layout:
     def blob(self, sha256: str) -> Path:
         """The place of one blob."""
         return self.blobs / sha256[:2] / sha256
+
+    def chunk_list(self, sha256: str) -> Path:
+        """The place of the digests of a file's chunks."""
+        return self.chunks / sha256[:2] / sha256

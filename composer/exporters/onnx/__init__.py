@@ -9,6 +9,7 @@
             (minutes, no weights)    │       (milliseconds)
                                      ▼
                                 bottlenecks  where bottlenecks.json lies in the folder: their nodes
+                                apart        adapters that are kept apart from the weights: their inputs or rows
                                      ▼
                            .model.onnx.*.tmp
                                      │
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.bottlenecks import BUNDLE
 from composer.errors import NotFoundError
@@ -43,7 +44,17 @@ from composer.exporters.onnx.virtual_tokens import insert_virtual_tokens
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ARCHITECTURES", "MODEL_FILE", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODEL_FILE",
+    "KeptApart",
+    "OnnxExport",
+    "export_onnx",
+    "generate",
+    "open_session",
+    "supported",
+    "write_aside",
+]
 
 MODEL_FILE = "model.onnx"
 
@@ -74,14 +85,31 @@ class OnnxExport:
     seconds: dict[str, float]
 
 
+class KeptApart(Protocol):
+    """Adapters that the graph is to hold beside the weights."""
+
+    def insert(self, model: onnx.ModelProto) -> None:
+        """Add them to the bound graph."""
+        ...
+
+    def verify(self, path: Path, architecture: Architecture, say: Callable[[str], None]) -> verify.Verification:
+        """Compare the graph in `path`, which lies in the folder, with torch, each of them active."""
+        ...
+
+
 def export_onnx(
-    folder: Path, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    apart: KeptApart | None = None,
 ) -> OnnxExport:
     """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
 
     folder: config.json and model.safetensors, or shards with model.safetensors.index.json; a tokenizer is used to
         make prompts when there is one. Weights are float32, float16 or bfloat16.
     cache_dir: where weightless graphs are kept between exports; None traces anew each time.
+    apart: adapters for the graph; without any of them active it is compared as one that has none.
     Only a verified file gets the name model.onnx. When verification fails, an older model.onnx is deleted as well:
     it points into the same weights.
     Raises, before anything is written: NotFoundError, UnsupportedArchitectureError, MissingDependencyError.
@@ -107,12 +135,16 @@ def export_onnx(
     if (folder / BUNDLE).is_file():
         insert_bottlenecks(bound.model, folder)
     insert_virtual_tokens(bound.model, folder, config, architecture)
+    if apart is not None:
+        apart.insert(bound.model)
     graph.metadata_props.add(key="composer.graph_digest", value=digest)
-    aside = _write_aside(folder, bound.model)
+    aside = write_aside(folder, bound.model)
     clock.append(time.perf_counter())
     try:
         say(f"verify {architecture.name} in ONNX Runtime against torch")
         result = verify.verify(folder, aside, architecture)
+        if apart is not None:
+            result = result.joined(apart.verify(aside, architecture, say))
         os.replace(aside, folder / MODEL_FILE)
     except Exception:
         (folder / MODEL_FILE).unlink(missing_ok=True)
@@ -157,7 +189,7 @@ def _graph(
     return graph, False
 
 
-def _write_aside(folder: Path, model: onnx.ModelProto) -> Path:
+def write_aside(folder: Path, model: onnx.ModelProto) -> Path:
     """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MODEL_FILE}.", suffix=".tmp")
     try:

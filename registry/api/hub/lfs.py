@@ -50,7 +50,7 @@ def batch(request: Request, repository: RepositoryId, body: Batch, registry: Reg
         answer: dict[str, Any] = {"oid": item.oid, "size": item.size}
         if item.size > limit:
             answer["error"] = {"code": 413, "message": too_large(limit, item.size).message}
-        elif not (registry.received.may_name(item.oid) and registry.store.keep(item.oid)):
+        elif not (registry.received.may_name(item.oid) and registry.store.keep_whole(item.oid)):
             signed = request.app.state.signer.query("lfs", item.oid, item.size, sender)
             href = f"{request.base_url}lfs/{item.oid}?size={item.size}&sender={quote(sender, safe='')}&{signed}"
             answer["actions"] = {"upload": {"href": href, "header": {}}}

@@ -95,7 +95,7 @@ def _take(request: Request, shard: bytes, sender: str) -> None:
         for name in sorted({segment.xorb for segment in file.segments}):
             if not registry.received.sent(sender, name):
                 raise missing_xorb(name)
-        if not (registry.received.sent(sender, file.sha256) and registry.store.keep(file.sha256)):
+        if not (registry.received.sent(sender, file.sha256) and registry.store.keep_whole(file.sha256)):
             assemble(file, xorbs, registry.store, limit)
         registry.received.note(sender, file.sha256)
     release(files, xorbs)
