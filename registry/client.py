@@ -225,13 +225,25 @@ class RemoteRegistry:
         allow_private: bool = False,
         progress: Progress | None = None,
     ) -> ImportInfo:
-        """Not over REST: what a service reaches in its network is not for a client to say."""
-        raise UsageError(
-            "an import runs where the registry lies",
-            expected="a registry on this machine",
-            found=self.url,
-            remedy=f"leave --url out, or push: hf download {ref.removeprefix('hf://')}, then 'registry publish'",
-        )
+        """A job on the service, from the hub that it knows and under its rules. An interrupt cancels it."""
+        words = {"name": name, "version": version, "base": base, "max_bytes": max_bytes, "allow_private": allow_private}
+        return self._wait(self.submit_import(ref, **words), ImportInfo, progress)[1]
+
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import."""
+        limit = None if max_bytes == DEFAULT_MAX_BYTES else max_bytes  # the service has its own
+        body = {"ref": ref, "name": name, "version": version, "base": base, "max_bytes": limit,
+                "allow_private": allow_private}  # fmt: skip
+        return self._read(self._send("POST", "/imports", json=body), JobInfo)
 
     def list_adapters(
         self,

@@ -147,6 +147,19 @@ class Registry(Protocol):
         """
         ...
 
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import; one that breaks off goes on where it ended when it is taken up again."""
+        ...
+
     def list_adapters(
         self,
         *,

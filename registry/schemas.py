@@ -369,12 +369,15 @@ class BaseCheck(Schema):
     changed: tuple[str, ...] = Field(default=(), description="tensors that are not what was registered")
 
 
+JobResult = CompositionInfo | ConversionInfo | DeltaInfo | ImportInfo | BaseInfo | BaseCheck | PublishResult
+
+
 class JobInfo(Schema):
     """A piece of work that runs in the background."""
 
     id: str
     kind: str = Field(
-        description="compose, publication, base (fingerprint and register), verify, extract, resize, delta or restore"
+        description="compose, publication, import, base (register), verify, extract, resize, delta or restore"
     )
     title: str = Field(description="the recipe, or the names of what is read")
     state: JobState
@@ -385,7 +388,7 @@ class JobInfo(Schema):
     bytes_total: int = 0
     attempts: int = 0
     error: dict[str, Any] | None = None
-    result: CompositionInfo | ConversionInfo | DeltaInfo | BaseInfo | BaseCheck | PublishResult | None = None
+    result: JobResult | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

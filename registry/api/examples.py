@@ -72,6 +72,7 @@ BODIES: Mapping[str, Any] = {
     "DeltaRequest": {"finetune": "smollm2-chat", "base": "smollm2"},
     "DeprecationRequest": {"reason": "2.0.0 answers shorter", "successor": "team/shout@2.0.0"},
     "ExtractRequest": {"finetune": "smollm2-chat", "base": "smollm2", "rank": 32},
+    "ImportRequest": {"ref": "hf://HuggingFaceTB/SmolLM2-135M-Instruct@main", "name": "smollm2"},
     "MemberRequest": {"role": "publisher"},
     "PublicationRequest": {"name": "team/loud-smollm2"},
     "ReasonRequest": {"reason": "trained on the wrong data"},

@@ -20,6 +20,7 @@ __all__ = [
     "DoctorReport",
     "ExtractRequest",
     "Health",
+    "ImportRequest",
     "MemberRequest",
     "PublicationRequest",
     "ReasonRequest",
@@ -118,6 +119,17 @@ class PublicationRequest(_Request):
     """What a composition is to be called."""
 
     name: str = Field(min_length=1, max_length=200, description="of the base, or of the adapter (export peft)")
+
+
+class ImportRequest(_Request):
+    """An adapter or a base of the hub that the service knows (its HF_ENDPOINT)."""
+
+    ref: str = Field(min_length=6, max_length=500, description="hf://ORG/NAME[@REVISION]")
+    name: str | None = Field(default=None, min_length=1, max_length=200, description="here; default: as there")
+    version: str | None = Field(default=None, min_length=1, description="of an adapter; default: the next one")
+    base: str | None = Field(default=None, min_length=1, description="of an adapter: the base it was trained on")
+    max_bytes: int | None = Field(default=None, ge=1, le=1 << 50, description="of all files")
+    allow_private: bool = Field(default=False, description="the hub may be at a private address")
 
 
 class SizedRequest(_Request):

@@ -2,6 +2,7 @@
 
 compose   a recipe, its versions pinned when it was submitted      -> CompositionInfo, files in compositions/<job>
 publication   what a compose made, as a base or an adapter         -> BaseInfo or PublishResult
+import    an adapter or a base of a hub                             -> ImportInfo
 base      a checkpoint folder, fingerprinted and registered        -> BaseInfo
 verify    a registered base, fingerprinted again                   -> BaseCheck
 extract, resize       a LoRA made of other things                  -> ConversionInfo, files in compositions/<job>
@@ -26,6 +27,7 @@ from registry.schemas import (
     CompositionInfo,
     ConversionInfo,
     DeltaInfo,
+    ImportInfo,
     PublishResult,
     Relation,
     Schema,
@@ -91,6 +93,13 @@ def add_base(registry: LocalRegistry, _: str, request: dict[str, Any], progress:
 def publish(registry: LocalRegistry, _: str, request: dict[str, Any], progress: Progress) -> BaseInfo | PublishResult:
     """Publish the output of another job."""
     return registry.publish_composed(registry.layout.compositions / request["job"], request["name"], progress=progress)
+
+
+@job_kind("import")
+def import_model(registry: LocalRegistry, _: str, request: dict[str, Any], progress: Progress) -> ImportInfo:
+    """Fetch from a hub; what an earlier attempt fetched is there."""
+    progress("asking the hub", 0, 0)
+    return registry.import_model(**request, progress=progress)
 
 
 @job_kind("verify")

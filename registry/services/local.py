@@ -54,7 +54,7 @@ from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.downloads import Downloads
-from registry.services.importing import Importing
+from registry.services.importing import Importing, ImportRules
 from registry.services.inspection import Inspection
 from registry.services.integrity import check_store
 from registry.services.jobs import JobService
@@ -109,7 +109,7 @@ class LocalRegistry:
         self._importing = Importing(layout, self._publishing)
         self._composed = Composed(self.engine, layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
-        self._jobs = JobService(self, slots=0)
+        self._jobs = JobService(self, slots=0, imports=ImportRules(token=True, private=True, max_bytes=1 << 62))
         self._namespaces = Namespaces(self.engine)
         self._search = Search(self.engine)
         self._lineage = Lineage(self.engine)
@@ -226,7 +226,10 @@ class LocalRegistry:
         max_bytes: int = DEFAULT_MAX_BYTES,
         allow_private: bool = False,
         progress: Progress | None = None,
+        token: bool = True,
+        refused: str | None = None,
     ) -> ImportInfo:
+        """As the protocol says; `token` and `refused` as in Importing, for what a service was asked to fetch."""
         return self._importing.import_model(
             ref,
             name=name,
@@ -235,7 +238,22 @@ class LocalRegistry:
             max_bytes=max_bytes,
             allow_private=allow_private,
             progress=progress,
+            token=token,
+            refused=refused,
         )
+
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        words = {"name": name, "version": version, "base": base, "max_bytes": max_bytes}
+        return self._jobs.submit_import(ref, **words, allow_private=allow_private)
 
     def list_adapters(
         self,

@@ -85,6 +85,11 @@ def test_publishing_asks_for_a_role_before_the_work(filled: Any, tmp_path: Path)
         with pytest.raises(ForbiddenError):
             who.compose(parse_recipe(RECIPE), tmp_path / "no", publish=name)
     assert not (tmp_path / "no").exists()
+    compose = JobService(filled).submit(parse_recipe(RECIPE))
+    Worker(filled).drain()
+    for principal, name in ((ALICE, "default/loud"), (Principal("bob", ALICE.scopes), "team/loud")):
+        with pytest.raises(ForbiddenError):
+            JobService(filled).acting_as(principal).submit_publication(compose.id, name)
     assert alice.compose(parse_recipe(RECIPE), tmp_path / "out", publish="team/loud").published == "team/loud"
 
 
