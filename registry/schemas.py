@@ -5,16 +5,18 @@ All are immutable pydantic models; times are UTC, sizes are bytes, digests carry
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from composer.recipe import Recipe
 from registry.access import Role, Scope
 
 __all__ = [
+    "SHOWS_PLACES",
     "Advice",
     "AuditEntry",
     "BaseCheck",
@@ -52,6 +54,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# Whether the paths of this machine go out: a request of somebody who is no admin turns that off for its answer.
+SHOWS_PLACES: ContextVar[bool] = ContextVar("shows_places", default=True)
 
 
 class Schema(BaseModel):
@@ -208,11 +212,16 @@ class BaseInfo(Schema):
     tensors: int
     nbytes: int
     license: str | None = None
-    location: str = Field(description="the folder it is read from, or 'store' when the registry keeps the bytes")
+    location: str = Field(description="the folder that it is read from; over REST empty for all but admins")
     parent: str | None = None
     relation: Relation | None = None
     created_at: datetime
     created: bool = Field(default=False, description="whether this call registered it")
+
+    @field_serializer("location")
+    def _place(self, location: str) -> str:
+        return location if SHOWS_PLACES.get() else ""
+
     warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
 
 

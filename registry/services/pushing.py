@@ -166,7 +166,7 @@ class Pushing:
             raise PolicyError(
                 f"{before.repository} is a base that was registered from a folder of the service's machine",
                 expected="a repository that was pushed",
-                found=before.base.location if before.base else lacking[0],
+                found=lacking[0],
                 remedy="push to another name",
             )
 
