@@ -58,6 +58,7 @@ COMMANDS = {
     "resize": "convert",
     "delta": "delta",
     "inspect": "compose",
+    "run": "run",
     "jobs": "jobs",
     "worker": "jobs",
     "bench": "bench",

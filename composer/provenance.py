@@ -9,12 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from composer.files import read_json, sha256_file
 from composer.kernels import Survival
 from composer.plan import Plan
 
-__all__ = ["composition_record", "manifest_digest"]
+__all__ = ["changed_outputs", "composition_record", "manifest_digest"]
 
 SCHEMA = "composition/1"
 LOW_SURVIVAL = 0.5
@@ -24,6 +26,16 @@ def manifest_digest(files: Mapping[str, Mapping[str, int | str]]) -> str:
     """One digest for many files: sha256 over the sorted lines ``<sha256>  <name>``, with the prefix ``sha256:``."""
     lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(files.items()))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def changed_outputs(folder: Path) -> list[str]:
+    """The files that composition.json in `folder` lists and that are not there with the same bytes, sorted."""
+    outputs = read_json(folder / "composition.json").get("outputs", {})
+    return sorted(
+        name
+        for name, entry in outputs.items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != entry["sha256"]
+    )
 
 
 def composition_record(

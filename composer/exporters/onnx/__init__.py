@@ -43,7 +43,16 @@ from composer.exporters.onnx.virtual_tokens import insert_virtual_tokens
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ARCHITECTURES", "MODEL_FILE", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODEL_FILE",
+    "OnnxExport",
+    "export_onnx",
+    "find_graph",
+    "generate",
+    "open_session",
+    "supported",
+]
 
 MODEL_FILE = "model.onnx"
 
@@ -139,6 +148,20 @@ def export_onnx(
             for name, (before, after) in zip(("trace", "bind", "verify"), itertools.pairwise(clock), strict=True)
         },
     )
+
+
+def find_graph(folder: Path) -> Path:
+    """The graph in a composed folder. Raises NotFoundError where there is none."""
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise NotFoundError(
+            f"{folder} has no {MODEL_FILE}",
+            expected=MODEL_FILE,
+            found="a folder without a graph" if folder.is_dir() else "no folder",
+            remedy="compose it with --export onnx",
+            path=path,
+        )
+    return path
 
 
 def _graph(

@@ -2,16 +2,16 @@
 
     open_session(folder / "model.onnx") → session
     generate(session, input_ids, attention_mask, max_new_tokens=32, eos_ids=(2,)) → new tokens
-                        │ ▲
-                        ▼ │ logits, cache
-                      forward       one pass: prefill, or one decoded token
+       └─► stream                   the same, token by token
+             └─► Decoder            the cache is bound: it stays where the session computes
+    forward                         one pass by itself, with the cache as numpy arrays
 
 Inputs and outputs are numpy arrays; nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
-__all__ = ["forward", "generate", "open_session", "require_runtime"]
+__all__ = ["Decoder", "forward", "generate", "open_session", "require_runtime", "stream"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 PAST, PRESENT = "past_key_values.", "present."
+# onnx.TensorProto's numbers and numpy's names for what a cache is made of; numpy has no bfloat16.
+CACHE_TYPES = {"tensor(float)": (1, "float32"), "tensor(float16)": (10, "float16"), "tensor(bfloat16)": (16, None)}
 
 
 def require_runtime() -> Any:
@@ -94,22 +97,116 @@ def forward(
 
     input_ids: int64 [batch, new]; attention_mask: int64 [batch, past + new], 0 for padding, which goes on the left.
     past: what the previous pass returned; None starts an empty cache.
-    Returns logits float32 [batch, new, vocabulary] and the cache, float32 [batch, heads, past + new, head size] each.
+    Returns logits float32 [batch, new, vocabulary] and the cache, [batch, heads, past + new, head size] each, in the
+    dtype that the graph computes in.
     """
     import numpy as np
 
     batch, new = input_ids.shape
     if past is None:
         past = {
-            item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float32)
+            item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), CACHE_TYPES[item.type][1])
             for item in session.get_inputs()
             if item.name.startswith(PAST)
         }
-    positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
+    positions = _positions(attention_mask, new)
     feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, **past}
     feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
     outputs = dict(zip([item.name for item in session.get_outputs()], session.run(None, feeds), strict=True))
     return outputs["logits"], {name: outputs[name.replace(PAST, PRESENT, 1)] for name in past}
+
+
+class Decoder:
+    """A causal model in the middle of a text: each pass takes the KV cache that the pass before it returned.
+
+    The cache is bound by reference and lies where the session computes; only ids and logits pass through Python.
+    run_options: onnxruntime.RunOptions of every pass, such as those that name an active adapter.
+    """
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, run_options: onnxruntime.RunOptions | None = None
+    ) -> None:
+        self._session, self._options = session, run_options
+        self._device = DEVICES[session.get_providers()[0]]
+        self._caches = {item.name: item for item in session.get_inputs() if item.name.startswith(PAST)}
+        self._past: dict[str, onnxruntime.OrtValue] = {}
+
+    def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """The logits after the last of the new tokens, float32 [batch, vocabulary].
+
+        input_ids: int64 [batch, new]; attention_mask: int64 [batch, past + new], 0 for padding, which goes on the left.
+        """
+        import numpy as np
+
+        batch, new = input_ids.shape
+        positions = _positions(attention_mask, new)
+        binding = self._session.io_binding()
+        for name, value in (
+            ("input_ids", input_ids),
+            ("attention_mask", attention_mask),
+            ("position_ids", positions),
+        ):
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        past = self._past or {name: self._empty(item, batch) for name, item in self._caches.items()}
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in past:
+            binding.bind_output(name.replace(PAST, PRESENT, 1), self._device)
+        self._session.run_with_iobinding(binding, self._options)
+        logits, *present = binding.get_outputs()
+        self._past = dict(zip(past, present, strict=True))
+        last: np.ndarray = logits.numpy()[:, -1]
+        return last
+
+    def _empty(self, item: onnxruntime.NodeArg, batch: int) -> onnxruntime.OrtValue:
+        shape = [batch, item.shape[1], 0, item.shape[3]]
+        return require_runtime().OrtValue.ortvalue_from_shape_and_type(shape, CACHE_TYPES[item.type][0], self._device)
+
+
+def _positions(attention_mask: np.ndarray, new: int) -> np.ndarray:
+    """The places of the last `new` tokens, int64 [batch, new]; padding on the left counts for none."""
+    import numpy as np
+
+    return np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
+
+
+def most_likely(logits: np.ndarray) -> np.ndarray:
+    """Greedy decoding: int64 [batch] of float32 [batch, vocabulary]."""
+    tokens: np.ndarray = logits.argmax(axis=-1)
+    return tokens
+
+
+def stream(
+    session: onnxruntime.InferenceSession,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None = None,
+    max_new_tokens: int = 32,
+    eos_ids: Iterable[int] = (),
+    *,
+    choose: Callable[[np.ndarray], np.ndarray] = most_likely,
+    run_options: onnxruntime.RunOptions | None = None,
+) -> Iterator[np.ndarray]:
+    """Continue token by token: yields int64 [batch] as each is decoded.
+
+    choose: the next token of each row, int64 [batch], of its logits float32 [batch, vocabulary].
+    The other arguments, and where it ends, are those of `generate` and of Decoder.
+    """
+    import numpy as np
+
+    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
+    mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+    decoder, step = Decoder(session, run_options), input_ids
+    ended = np.zeros(len(input_ids), dtype=bool)
+    for _ in range(max_new_tokens):
+        chosen = choose(decoder.step(step, mask)).astype(np.int64)
+        chosen = np.where(ended, step[:, -1], chosen)
+        ended |= np.isin(chosen, eos)
+        yield chosen
+        if ended.all():
+            return
+        step = chosen[:, None]
+        mask = np.concatenate([mask, np.ones_like(step)], axis=1)
 
 
 def generate(
@@ -127,18 +224,5 @@ def generate(
     """
     import numpy as np
 
-    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
-    mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-    tokens: list[np.ndarray] = []
-    step, past = input_ids, None
-    ended = np.zeros(len(input_ids), dtype=bool)
-    while len(tokens) < max_new_tokens and not ended.all():
-        logits, past = forward(session, step, mask, past)
-        chosen = logits[:, -1].argmax(axis=-1).astype(np.int64)
-        if tokens:
-            chosen = np.where(ended, tokens[-1], chosen)
-        ended |= np.isin(chosen, eos)
-        tokens.append(chosen)
-        step = chosen[:, None]
-        mask = np.concatenate([mask, np.ones_like(step)], axis=1)
+    tokens = list(stream(session, input_ids, attention_mask, max_new_tokens, eos_ids))
     return np.stack(tokens, axis=1) if tokens else np.empty((len(input_ids), 0), np.int64)
