@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from composer.additions import Prefix
+from composer.additions import Prefix, SoftPrompt
 from composer.checkpoint import Checkpoint
 from composer.errors import RecipeError, UnsupportedAdapterError
 from composer.exporters.bundle import BundleExporter
@@ -23,7 +23,11 @@ from composer.exporters.safetensors import SafetensorsExporter
 from composer.exporters.vocabulary import GENERATES
 from composer.kernels import Survival
 from composer.plan import Plan
+from composer.recipe import Compute, Export, Flavour, Recipe
 from composer.sinks import FolderSink
+
+if TYPE_CHECKING:
+    from composer.exporters.onnx import Variant
 
 __all__ = ["Exporter", "PlanExporter", "find_exporter", "find_plan_exporter", "prepare_export"]
 
@@ -73,6 +77,7 @@ class OnnxExporter:
     def prepare(self, plan: Plan) -> Plan:
         """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
         self.check(plan.checkpoint)
+        _check_variant(plan)
         architecture = plan.checkpoint.architecture
         takes_prefix = architecture.endswith(GENERATES) or architecture.startswith(PREFIX_ENCODERS)
         for item in plan.additions:
@@ -93,10 +98,7 @@ class OnnxExporter:
         """Raise UnsupportedArchitectureError for a model that cannot be traced."""
         from composer.exporters.onnx import supported
 
-        config = dict(checkpoint.config)
-        if checkpoint.scheme:  # what is exported is not quantised any more
-            del config["quantization_config"]
-        supported(config)
+        supported(_exported_config(checkpoint))
 
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
@@ -105,15 +107,49 @@ class OnnxExporter:
         from composer.exporters.onnx import export_onnx
 
         added = {"additions": write_companions(plan, sink)} if plan.additions else {}
-        result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress)
+        result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress, variant=_variant(plan.recipe))
         for name in result.files:
             sink.adopt(name)
-        facts = asdict(result)
+        facts = {name: value for name, value in asdict(result).items() if value is not None}
         seconds = facts.pop("seconds")
         facts.pop("graph_cached")
         return {"format": "onnx", **facts, **added}, seconds
 
 
+def _exported_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of what is exported, which is not quantised any more."""
+    config = dict(checkpoint.config)
+    if checkpoint.scheme:
+        del config["quantization_config"]
+    return config
+
+
+def _variant(recipe: Recipe) -> Variant:
+    """What the recipe asks of an ONNX graph."""
+    from composer.exporters.onnx import Variant
+
+    quantise = None if recipe.onnx_quantise is None else recipe.onnx_quantise.value
+    return Variant(recipe.flavour.value, COMPUTE_DTYPES[recipe.compute], quantise, recipe.min_agreement)
+
+
+def _check_variant(plan: Plan) -> None:
+    """Raise what check_variant raises, or UnsupportedAdapterError for virtual tokens in front of another runtime."""
+    from composer.exporters.onnx.architectures import architecture_of
+    from composer.exporters.onnx.variants import check_variant
+
+    check_variant(architecture_of(_exported_config(plan.checkpoint)), _variant(plan.recipe))
+    for item in plan.additions if plan.recipe.flavour is Flavour.GENAI else ():
+        if item.addition.family in (Prefix.family, SoftPrompt.family):
+            raise UnsupportedAdapterError(
+                f"{plan.terms[item.term].label} cannot become part of a graph for onnxruntime-genai, which sizes the"
+                " cache by the tokens that it gives",
+                expected="adapters that change weights",
+                found=item.addition.summary,
+                remedy="export the portable flavour, or a soft prompt as words of the vocabulary: export safetensors",
+            )
+
+
+COMPUTE_DTYPES = {Compute.FP32: "float32", Compute.FP16: "float16", Compute.BF16: "bfloat16"}
 PREFIX_ENCODERS = ("Bert", "Roberta", "XLMRoberta")  # transformers gives them past_key_values
 PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}
 EXPORTERS: dict[str, Exporter] = {
@@ -143,6 +179,14 @@ def prepare_export(plan: Plan) -> Plan:
 
         check_requantise(plan)
     in_place = find_plan_exporter(plan.recipe.export)
+    asked = plan.recipe.model_dump(include={"flavour", "compute", "onnx_quantise"}, exclude_defaults=True, mode="json")
+    if asked and plan.recipe.export is not Export.ONNX:
+        raise RecipeError(
+            f"{', '.join(asked)} belong to an ONNX graph, not to the export {plan.recipe.export.value!r}",
+            expected="export onnx",
+            found={"export": plan.recipe.export.value, **asked},
+            remedy="export onnx, or leave them out; the weights' own number format is dtype",
+        )
     if plan.recipe.rank is not None and in_place is None:
         raise RecipeError(
             f"a rank belongs to a LoRA, not to the export {plan.recipe.export.value!r}",

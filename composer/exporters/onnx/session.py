@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from composer.errors import MissingDependencyError, OnnxExportError
+from composer.errors import MissingDependencyError, OnnxExportError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,8 @@ __all__ = ["Decoder", "forward", "generate", "open_session", "require_runtime", 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 PAST, PRESENT = "past_key_values.", "present."
+PADDING = "composer.padding"
+"""Metadata of a graph that takes padding on one side only: ``right``."""
 # onnx.TensorProto's numbers and numpy's names for what a cache is made of; numpy has no bfloat16.
 CACHE_TYPES = {"tensor(float)": (1, "float32"), "tensor(float16)": (10, "float16"), "tensor(bfloat16)": (16, None)}
 
@@ -95,7 +97,8 @@ def forward(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """One pass of a causal model over new tokens.
 
-    input_ids: int64 [batch, new]; attention_mask: int64 [batch, past + new], 0 for padding, which goes on the left.
+    input_ids: int64 [batch, new]; attention_mask: int64 [batch, past + new], 0 for padding, on the left
+        or, where that is refused, on the right.
     past: what the previous pass returned; None starts an empty cache.
     Returns logits float32 [batch, new, vocabulary] and the cache, [batch, heads, past + new, head size] each, in the
     dtype that the graph computes in.
@@ -109,8 +112,10 @@ def forward(
             for item in session.get_inputs()
             if item.name.startswith(PAST)
         }
-    positions = _positions(attention_mask, new)
-    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, **past}
+    refuse_left_padding(session, attention_mask)
+    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, **past}
+    if any(item.name == "position_ids" for item in session.get_inputs()):
+        feeds["position_ids"] = _positions(attention_mask, new)
     feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
     outputs = dict(zip([item.name for item in session.get_outputs()], session.run(None, feeds), strict=True))
     return outputs["logits"], {name: outputs[name.replace(PAST, PRESENT, 1)] for name in past}
@@ -128,25 +133,29 @@ class Decoder:
     ) -> None:
         self._session, self._options = session, run_options
         self._device = DEVICES[session.get_providers()[0]]
-        self._caches = {item.name: item for item in session.get_inputs() if item.name.startswith(PAST)}
+        self._inputs = {item.name: item for item in session.get_inputs()}
+        self._caches = {name: item for name, item in self._inputs.items() if name.startswith(PAST)}
         self._past: dict[str, onnxruntime.OrtValue] = {}
 
     def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """The logits after the last of the new tokens, float32 [batch, vocabulary].
+        """The logits after the last of each row's new tokens, float32 [batch, vocabulary].
 
-        input_ids: int64 [batch, new]; attention_mask: int64 [batch, past + new], 0 for padding, which goes on the left.
+        input_ids: int64 [batch, new]; attention_mask: int64 [batch, past + new], 0 for padding.
+        Raises UsageError for padding on the left of a graph that takes none there.
         """
         import numpy as np
 
         batch, new = input_ids.shape
-        positions = _positions(attention_mask, new)
+        refuse_left_padding(self._session, attention_mask)
+        feeds = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": _positions(attention_mask, new),
+        }
         binding = self._session.io_binding()
-        for name, value in (
-            ("input_ids", input_ids),
-            ("attention_mask", attention_mask),
-            ("position_ids", positions),
-        ):
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
         past = self._past or {name: self._empty(item, batch) for name, item in self._caches.items()}
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
@@ -156,12 +165,25 @@ class Decoder:
         self._session.run_with_iobinding(binding, self._options)
         logits, *present = binding.get_outputs()
         self._past = dict(zip(past, present, strict=True))
-        last: np.ndarray = logits.numpy()[:, -1]
-        return last
+        # Padding on the right puts a row's last token before the end.
+        last = new - 1 - np.argmax(attention_mask[:, : -new - 1 : -1] != 0, axis=1)
+        found: np.ndarray = logits.numpy()[np.arange(batch), last]
+        return found
 
     def _empty(self, item: onnxruntime.NodeArg, batch: int) -> onnxruntime.OrtValue:
         shape = [batch, item.shape[1], 0, item.shape[3]]
         return require_runtime().OrtValue.ortvalue_from_shape_and_type(shape, CACHE_TYPES[item.type][0], self._device)
+
+
+def refuse_left_padding(session: onnxruntime.InferenceSession, attention_mask: np.ndarray) -> None:
+    """Raise UsageError where a row begins with padding and the graph attends by the length of rows alone."""
+    if (attention_mask[:, 0] == 0).any() and session.get_modelmeta().custom_metadata_map.get(PADDING) == "right":
+        raise UsageError(
+            "this graph takes no padding on the left: it counts each row's tokens from its beginning",
+            expected="rows padded on the right",
+            found="a mask that begins with 0",
+            remedy="pad on the right, or compose the portable flavour",
+        )
 
 
 def _positions(attention_mask: np.ndarray, new: int) -> np.ndarray:
@@ -218,7 +240,7 @@ def generate(
 ) -> np.ndarray:
     """The most likely continuation, token by token (greedy).
 
-    input_ids: int64 [batch, length]; attention_mask: the same shape, 0 for padding on the left; None means no padding.
+    input_ids: int64 [batch, length]; attention_mask: the same shape, 0 for padding; None means no padding.
     Returns int64 [batch, n], n <= max_new_tokens: the new tokens only. A row that has ended repeats its end token;
     generation stops when every row has ended.
     """
