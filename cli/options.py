@@ -27,6 +27,7 @@ __all__ = [
     "FLAVOURS",
     "JOB_STATES",
     "LEVELS",
+    "LOG_FORMATS",
     "ONNX_QUANTISE",
     "PRECISIONS",
     "RELATIONS",
@@ -53,6 +54,7 @@ RELATIONS = ("finetune", "quantized", "merged", "resized")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 SCOPES = ("read", "publish", "compose", "admin")
 ROLES = ("reader", "publisher", "owner")
+LOG_FORMATS = ("text", "json")
 FORMATS = ("human", "json", "quiet")
 
 
