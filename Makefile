@@ -3,7 +3,7 @@
 #   make demo    the main job on a real model: publish, ask, compose, export, run
 #   make test    the whole suite
 #   make soak    what takes too long for that: 200 times kill -9 in each operation
-#   make bench   the merge against cp and PEFT on a model of 2.2 GB
+#   make bench   the merge against cp and PEFT on a model of 2.2 GB, ONNX exports against other exporters
 #
 # RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.
 
@@ -30,6 +30,8 @@ soak: install
 bench: install
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.rounding
+	$(BIN)/python -m tests.bench.onnx
+	$(BIN)/python -m tests.bench.onnx_cuda --batch 1 --batch 8
 
 lint: install
 	$(BIN)/ruff check .

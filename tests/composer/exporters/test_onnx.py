@@ -471,6 +471,18 @@ def test_every_architecture_of_the_table_computes_what_torch_computes(
         assert grouped.checks[-1]["greedy_equal"]
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-sliding", "gpt2"])
+def test_a_cached_graph_becomes_one_for_onnxruntime_genai(make: Callable[..., Path], cache: Path, name: str) -> None:
+    """Nothing is traced again; onnxruntime-genai generates torch's tokens, over a window and with learned positions."""
+    pytest.importorskip("onnxruntime_genai")
+    folder = make(name)
+    export_onnx(folder, cache_dir=cache)
+    result = export_onnx(folder, cache_dir=cache, variant=Variant(flavour="genai"))
+    assert result.graph_cached
+    assert result.max_abs_diff <= result.tolerance
+    assert result.checks[-1]["greedy_equal"]
+
+
 def test_the_table_has_no_untested_row() -> None:
     """A row without a tiny model here is not supported."""
     quick = {type(model()).__name__ for model in MODELS.values()}

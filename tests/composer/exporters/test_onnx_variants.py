@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -40,6 +41,7 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 IDS = np.array([[5, 9, 1, 33, 7, 101]])
 BATCH = np.array([[11, 12, 13, 14], [21, 22, 0, 0]])
 RIGHT = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -254,6 +256,19 @@ def test_onnxruntime_genai_generates_what_transformers_generates(folder: Path, c
         assert found
     found = generate(open_session(folder / "model.onnx"), BATCH, RIGHT, max_new_tokens=8)
     assert found.tolist() == [tokens.tolist() for tokens in expected]
+
+
+def test_the_example_for_cuda_decodes_in_a_cache_of_fixed_size(folder: Path, cache: Path) -> None:
+    """On the CPU: masks and buffers that never change their shape give the tokens of a cache that grows."""
+    pytest.importorskip("onnxruntime_genai")
+    spec = importlib.util.spec_from_file_location("cuda_example", EXAMPLES / "cuda.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    export_onnx(folder, cache_dir=cache, variant=Variant("genai"))
+    expected = generate(open_session(folder / "model.onnx"), IDS, max_new_tokens=12)[0].tolist()
+    assert example.decode(folder, IDS[0].tolist(), 12, "cpu") == expected
+    with pytest.raises(MissingDependencyError, match="CUDAExecutionProvider"):
+        example.decode(folder, IDS[0].tolist(), 12, "cuda")
 
 
 def test_a_grouped_graph_refuses_padding_on_the_left(folder: Path, cache: Path) -> None:
