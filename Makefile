@@ -2,7 +2,7 @@
 #
 #   make demo    the main job on a real model: publish, ask, compose, export, run
 #   make test    the whole suite
-#   make soak    what takes too long for that: 200 times kill -9 in each operation
+#   make soak    what takes too long for that: 200 times kill -9 in each operation, 32 publishers at once
 #   make bench   the merge against cp and PEFT on a model of 2.2 GB, ONNX exports against other exporters
 #
 # RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.

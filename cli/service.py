@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -16,7 +16,7 @@ from cli.options import LOG_FORMATS, Settings, common_options, pass_settings
 from cli.output import emit
 from composer.errors import ConflictError, PolicyError, TypedError, UsageError
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "end_now"]
 
 RATE = 6000  # requests a minute of one token
 
@@ -95,8 +95,14 @@ def serve(
     finally:
         local.close()
         if app is not None and app.state.left_behind:
-            sys.stderr.flush()
-            os._exit(0)  # a thread inside torch would make Python's own way out abort
+            end_now()
+
+
+def end_now() -> NoReturn:
+    """End the process where a thread was left behind: one inside torch would make Python's own way out abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _application(local: Any, queue: Any, *, tokens: bool, rate: int | None, max_upload: int | None) -> Any:

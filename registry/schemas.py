@@ -186,6 +186,11 @@ class FileInfo(Schema):
     sha256: str
 
 
+TEMPLATE_DIFF = Field(
+    default=None, description="unified diff from the base's chat templates to the adapter's; null where they are alike"
+)
+
+
 class BaseInfo(Schema):
     """A registered base model."""
 
@@ -208,6 +213,7 @@ class BaseInfo(Schema):
     relation: Relation | None = None
     created_at: datetime
     created: bool = Field(default=False, description="whether this call registered it")
+    warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
 
 
 class VersionInfo(Schema):
@@ -238,6 +244,7 @@ class VersionInfo(Schema):
     downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
+    chat_template_diff: str | None = TEMPLATE_DIFF
     created_at: datetime
 
 
@@ -255,6 +262,7 @@ class PublishResult(Schema):
     created: bool
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    chat_template_diff: str | None = TEMPLATE_DIFF
 
 
 class CompatibleAdapter(Schema):
@@ -280,6 +288,7 @@ class PlannedAdapter(Schema):
     weight: float
     verdict: Verdict
     tensors: int
+    chat_template_diff: str | None = TEMPLATE_DIFF
 
 
 class PlanInfo(Schema):

@@ -44,7 +44,7 @@ class Inspection:
             name, version = split_reference(ref)
             info = version_info(session, find_version(session, name, version))
             require_usable(info, f"{info.name}@{info.version}", version)
-        adapter = open_adapter({file.name: self._store.path(file.sha256) for file in info.files})
+        adapter = open_adapter({file.name: self._store.path(file.sha256, verify=True) for file in info.files})
         return {
             "type": "adapter",
             "name": info.name,

@@ -336,10 +336,9 @@ class JobService:
             self._worker = Worker(self._registry, slots=self._slots, wake=self.wake)
             self._worker.start()
 
-    def stop(self) -> None:
-        """Stop at the next block; what was running is queued again."""
-        if self._worker is not None:
-            self._worker.stop()
+    def stop(self, seconds: float | None = None) -> bool:
+        """Stop at the next block; what was running is queued again. Returns whether that was within `seconds`."""
+        return self._worker is None or self._worker.stop(seconds)
 
 
 def job_info(row: JobRow) -> JobInfo:

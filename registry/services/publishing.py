@@ -14,16 +14,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 from sqlalchemy.orm import Session
 
 from composer.adapters import Adapter, Target, open_adapter
+from composer.admission import admit, left_out, split_unsafe
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
-from composer.files import FileSet, sha256_file
+from composer.files import FileSet
+from composer.finite import count_nonfinite
 from composer.provenance import manifest_digest
+from composer.templates import chat_templates, template_diff
 from composer.tensors import DTYPES
 from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
@@ -60,6 +62,7 @@ from registry.words import index_text
 __all__ = ["Publishing", "publishable_files"]
 
 FIRST_VERSION = "0.1.0"
+SHOWN = 5
 ATTEMPTS = 5
 EXTRA_FILES = re.compile(
     r"README\.md|LICENSE(\.txt|\.md)?|.*\.jinja|.*\.model|tokenizer.*\.json|vocab\.(json|txt)|merges\.txt"
@@ -130,7 +133,11 @@ class Publishing:
         moves: bool = False,
     ) -> BaseInfo:
         """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
-        files = [(file, path, sha256_file(path)) for file, path in checkpoint.files.items()]
+        kept, unsafe = split_unsafe(checkpoint.files)
+        paths = {file: checkpoint.files[file] for file in kept}
+        admit(paths)
+        warnings = tuple(left_out(unsafe))
+        files = [(file, path, self._store.chunks.measure(path)[0]) for file, path in paths.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
             held = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))
@@ -149,7 +156,7 @@ class Publishing:
                 parent is None and license is None and same is not None and Path(same.location) != folder and not moves
             )
             if same is not None and stays and _lies_there(same):
-                return base_info(same, len(same.tensors))
+                return base_info(same, len(same.tensors)).model_copy(update={"warnings": warnings})
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
             row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
@@ -166,7 +173,8 @@ class Publishing:
                 set_parent(session, row, find_base(session, parent), relation)
             record(session, "base.add", row.name, fingerprint=row.fingerprint, parent=parent)
             session.flush()
-            return base_info(row, len(row.tensors), created=same is None)
+            info = base_info(row, len(row.tensors), created=same is None)
+            return info.model_copy(update={"warnings": warnings})
 
     def add_pushed_base(self, folder: Path, name: str, progress: Progress | None = None) -> BaseInfo:
         """Register a checkpoint that was pushed under `name`, where no base has these weights.
@@ -218,24 +226,28 @@ class Publishing:
         *,
         read_paths: bool = True,
         whole: bool = False,
+        allow_nonfinite: bool = False,
     ) -> PublishResult:
         """Publish an adapter's files: those that make a version, or all of them (`whole`).
 
-        Raises what open_adapter raises, NonFiniteError, IncompatibleError when it does not fit the base it names, and
-        VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
+        allow_nonfinite: NaN and infinities in the weights are a warning and no error.
+        Raises what open_adapter and admit raise, NonFiniteError, IncompatibleError when it does not fit the base it
+        names, and VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
         """
         namespace, short = adapter_name(name)
         wanted = Version(version) if version else None
         with session_scope(self._engine, writes=True) as session:
             require_role(session, namespace, Role.PUBLISHER, claim=True)
         adapter = open_adapter(source.expanduser() if isinstance(source, Path) else source)
-        _check_finite(adapter)
+        chosen = adapter.files if whole else publishable_files(adapter)
+        admit(chosen)
+        warnings = left_out(set(adapter.files) - set(chosen))
+        warnings += _nonfinite(adapter, allow_nonfinite)
         card = read_card(adapter.files.get("README.md"))
-        warnings: list[str] = []
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         known = self._check_base(adapter, claim, warnings)
         advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
-        chosen = adapter.files if whole else publishable_files(adapter)
+        template = _template(chosen, known, warnings)
         for attempt in range(ATTEMPTS):  # two publishers at a time, or a collection, may be in each other's way
             files = self._store_files(chosen, progress)
             digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
@@ -247,7 +259,7 @@ class Publishing:
                         session, (namespace, short), wanted, digest, files, adapter, claim, card,
                         license, tags, description, private, said,
                     )  # fmt: skip
-                    return result.model_copy(update={"advice": tuple(advice)})
+                    return result.model_copy(update={"advice": tuple(advice), "chat_template_diff": template})
             except CollectedError:
                 if attempt == ATTEMPTS - 1:
                     raise
@@ -525,14 +537,32 @@ def _merged_files(row: BaseModelRow, files: list[tuple[str, Path, str]]) -> list
     return merged
 
 
-def _check_finite(adapter: Adapter) -> None:
+def _nonfinite(adapter: Adapter, allowed: bool) -> list[str]:
+    """A warning on tensors that hold NaN or infinity. Raises NonFiniteError for the first, unless `allowed`."""
+    found = []
     for spec in adapter.header.tensors.values():
-        bad = int((~np.isfinite(spec.read().astype(np.float32))).sum())
-        if bad:
+        count = count_nonfinite(spec)
+        if count and not allowed:
             raise NonFiniteError(
-                f"{spec.path.name}: {spec.name} holds {bad} values that are NaN or infinite",
+                f"{spec.path.name}: {spec.name} holds {count} values that are NaN or infinite",
                 expected="finite numbers",
-                found=bad,
-                remedy="the training diverged: publish an earlier step",
+                found=count,
+                remedy="the training diverged: publish an earlier step, or keep it with --allow-nonfinite",
                 tensor=spec.name,
             )
+        if count:
+            found.append(f"{spec.name} ({count})")
+    if not found:
+        return []
+    return [
+        f"NaN or infinite values in {len(found)} tensors, so that it cannot be composed: {', '.join(found[:SHOWN])}"
+    ]
+
+
+def _template(files: FileSet, known: dict[str, Any] | None, warnings: list[str]) -> str | None:
+    """How the chat templates differ from those of the base, which is at hand; a warning where they do."""
+    base = known.get("base") if known else None
+    found = template_diff(chat_templates(base.files), chat_templates(files)) if base is not None else None
+    if found:
+        warnings.append("the chat template is not the base's: read the difference before you use it")
+    return found

@@ -21,8 +21,9 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from composer.adapters import open_adapter
+from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
-from composer.files import FileSet, refuse_pickles
+from composer.files import FileSet
 from composer.sinks import fsync_tree, storage_errors
 from registry.access import Role
 from registry.claims import read_card
@@ -36,6 +37,7 @@ from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
+from registry.services.received import Received
 from registry.services.repositories import MAIN, Located, Snapshot, commit_id, locate, no_revision, snapshot_at
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
@@ -57,10 +59,11 @@ MAX_FILES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A file is added or replaced by a blob of the store."""
+    """A file is added or replaced by a blob of the store. `sent`: whether its bytes came with the push itself."""
 
     path: str
     sha256: str
+    sent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Pushing:
         self._store = store
         self._layout = layout
         self._publishing = publishing
+        self._received = Received(engine)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def commit(
@@ -129,7 +133,7 @@ class Pushing:
             files = self._apply(before, operations)
             if commit_id(files.values()) == before.commit:
                 return Pushed(before.commit)
-            refuse_pickles({path: Path(path) for path in files}, "safetensors")
+            refuse_unsafe(files)
             outcome = self._publish(place, files) if branch == MAIN else self._draft(files)
             oid = commit_id(outcome.files.values())
             with session_scope(self._engine, writes=True) as session:
@@ -196,7 +200,8 @@ class Pushing:
         return files
 
     def _entry(self, item: Put) -> FileInfo:
-        if not self._store.keep(item.sha256):
+        named = item.sent or self._received.may_name(item.sha256)
+        if not (named and self._store.keep(item.sha256)):
             raise CorruptFileError(
                 f"the bytes of {item.path} were not uploaded",
                 expected=f"sha256 {item.sha256}",
@@ -206,11 +211,11 @@ class Pushing:
         size = self._store.path(item.sha256).stat().st_size
         return FileInfo(name=item.path, size=size, sha256=item.sha256)
 
-    def _paths(self, files: Mapping[str, FileInfo]) -> dict[str, Path]:
-        return {path: self._store.path(file.sha256) for path, file in files.items()}
+    def _paths(self, files: Mapping[str, FileInfo], *, verify: bool = False) -> dict[str, Path]:
+        return {path: self._store.path(file.sha256, verify=verify) for path, file in files.items()}
 
     def _publish(self, place: Located, files: Mapping[str, FileInfo]) -> _Outcome:
-        paths = self._paths(files)
+        paths = self._paths(files, verify=True)
         read_card(paths.get(CARD))  # a card that does not parse is refused, whatever it lies beside
         kind = holding(paths)
         if kind is Holding.ADAPTER and place.base is None:

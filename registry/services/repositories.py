@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from registry.names import Version, adapter_name
 from registry.schemas import BaseInfo, FileInfo, VersionInfo
 from registry.services.base_files import unchanged_files
 from registry.services.catalogue import LATEST, base_info, find_version, version_info
+from registry.store.chunks import damaged
 from registry.store.local import LocalStore
 
 __all__ = [
@@ -272,6 +274,14 @@ class Repositories:
             if row is None:
                 raise _no_repository(snapshot.repository)
             return unchanged_files(row, [file for file in row.files if file.name == name])[name]
+
+    def read(self, snapshot: Snapshot, name: str) -> bytes:
+        """A small file of an entry, whole. Raises what `path` raises, and BlobCorruptError."""
+        path, sha256 = self.path(snapshot, name), snapshot.files[name].sha256
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise damaged(path, f"sha256 {sha256}", "others")
+        return data
 
     def history(self, name: str, revision: str | None = None) -> tuple[CommitInfo, ...]:
         """The commit at a revision and those before it, newest first."""

@@ -72,6 +72,11 @@ def test_clean_keeps_letters_of_any_script() -> None:
     [
         ("smollm2+team/shout@1.0.0:0.7", {}, "smollm2+shout"),
         ("smollm2+shout+team/json", {"export": Export.ONNX}, "smollm2+shout+json-onnx"),
+        (
+            "b",
+            {"export": "onnx", "flavour": "genai", "compute": "fp16", "onnx_quantise": "int8"},
+            "b-onnx-genai-fp16-int8",
+        ),
         ("./models/tiny/+/x/y/fr", {"dtype": Dtype.FP16}, "tiny+fr-fp16"),
         ("smollm2", {}, "smollm2"),
         ("nf4+a", {"base_precision": "original", "requantise": True}, "nf4+a-original-requantised"),

@@ -25,7 +25,8 @@ __all__ = ["compute_in"]
 
 # Squares overflow float16 and sums of many lose its digits; a router's ranks change with them.
 EXACT = frozenset(
-    {"Cos", "CumSum", "Exp", "Log", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Softmax", "Sqrt", "TopK"}
+    {"Cos", "CumSum", "Exp", "Log", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "ScatterElements", "ScatterND"}
+    | {"Sin", "Softmax", "Sqrt", "TopK"}
 )
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer.errors import OnnxVerificationError
+from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.genai import encode_by_genai, generate_by_genai
 from composer.exporters.onnx.session import forward, open_session
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TOLERANCES", "verify_variant"]
 
-TOLERANCES = {"float32": RELATIVE_TOLERANCE, "float16": 0.02, "bfloat16": 0.02, "int8": 0.25, "int4": 1.0}
+TOLERANCES = {"float32": RELATIVE_TOLERANCE, "float16": 0.02, "bfloat16": 0.02, "int8": 0.5, "int4": 1.0}
 """Largest difference allowed, as a share of the largest logit; of the coarsest that a variant has.
 
 Measured on SmolLM2-135M: 0.0028 in float16, 0.06 in int8, 0.43 in int4. These bounds find graphs that are wrong;
@@ -75,7 +75,17 @@ def verify_variant(folder: Path, model_path: Path, architecture: Architecture, v
         batches.append(("random ids, padded batch", randoms, {}))
         if variant.flavour == "genai":
             batches.append(("random ids, prefill in two parts", randoms[-1:], {"parts": 2}))
-        compared = [run(session, live, architecture, variant, name, rows, **options) for name, rows, options in batches]
+        try:
+            compared = [
+                run(session, live, architecture, variant, name, rows, **options) for name, rows, options in batches
+            ]
+        except Exception as error:
+            raise OnnxExportError(
+                f"onnx: ONNX Runtime cannot run the {variant.flavour} graph in {variant.quantise or variant.compute}"
+                f" here: {error}",
+                expected="operators that the CPU provider has in this dtype",
+                remedy="compute in float32, and report the configuration",
+            ) from error
         result = _judge(compared, variant)
         if variant.flavour == "genai":
             ids = (texts or randoms)[0]

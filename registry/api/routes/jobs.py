@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import NotFoundError
-from composer.files import sha256_file
+from composer.provenance import record_file
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
@@ -120,11 +121,12 @@ def download(request: Request, job_id: str, filename: str, jobs: Jobs) -> Respon
 
 def _recorded(job: JobInfo) -> dict[str, Any]:
     if isinstance(job.result, CompositionInfo):
-        return job.result.record.get("outputs", {})
+        record = job.result.record
+        own = {"sha256": hashlib.sha256(record_file(record)).hexdigest()}
+        return {**record.get("outputs", {}), "composition.json": own}
     files = job.result.files if isinstance(job.result, ConversionInfo | DeltaInfo) else ()
     return {file.name: {"sha256": file.sha256} for file in files}
 
 
 def _describe(name: str, path: Path, recorded: dict[str, Any]) -> FileInfo:
-    sha256 = recorded[name]["sha256"] if name in recorded else sha256_file(path)
-    return FileInfo(name=name, size=path.stat().st_size, sha256=sha256)
+    return FileInfo(name=name, size=path.stat().st_size, sha256=recorded[name]["sha256"])
