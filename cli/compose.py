@@ -1,4 +1,4 @@
-"""Recipes: plan, compose, undo; and inspect, which looks at what came of them."""
+"""Recipes: plan, compose, append, undo; and inspect, which looks at what came of them."""
 
 from __future__ import annotations
 
@@ -70,6 +70,19 @@ def recipe_options(command: F) -> F:
         "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
     )(command)
     command = click.option(
+        "--multi",
+        "placement",
+        flag_value="multi",
+        help="With --export onnx: one graph of the base with all adapters in it, chosen for each row of a batch.",
+    )(command)
+    command = click.option(
+        "--separate",
+        "placement",
+        flag_value="separate",
+        default="merged",
+        help="With --export onnx: one graph of the base, and a file for each adapter that a session activates.",
+    )(command)
+    command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
     )(command)
     command = click.option(
@@ -124,6 +137,7 @@ def to_recipe(text: str, parameters: tuple[str, ...], **words: Any) -> Recipe:
     enums = {
         "dtype": recipe.Dtype,
         "export": recipe.Export,
+        "placement": recipe.Placement,
         "flavour": recipe.Flavour,
         "compute": recipe.Compute,
         "onnx_quantise": recipe.OnnxQuantise,
@@ -166,6 +180,7 @@ def default_out(recipe: Recipe) -> Path:
         name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
+    export += "" if recipe.placement.value == "merged" else f"-{recipe.placement.value}"
     export += "" if recipe.flavour.value == "portable" else f"-{recipe.flavour.value}"
     export += "" if recipe.compute.value == "fp32" else f"-{recipe.compute.value}"
     export += "" if recipe.onnx_quantise is None else f"-{recipe.onnx_quantise.value}"
@@ -280,6 +295,41 @@ def undo(settings: Settings, folder: Path, adapters: tuple[str, ...], out: Path,
 
 
 @click.command()
+@click.argument("folder", metavar="COMPOSED", type=click.Path(path_type=Path))
+@click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
+@click.option(
+    "--allow",
+    type=click.Choice(ALLOW),
+    default="same-values",
+    show_default=True,
+    help="The weakest compatibility to accept.",
+)
+@click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
+@common_options
+@pass_settings
+def append(settings: Settings, folder: Path, adapters: tuple[str, ...], allow: str, accept_licences: bool) -> None:
+    """Add adapters to the graph in COMPOSED, which was composed with --export onnx --multi.
+
+    ADAPTER is written as in a recipe. What is there is not touched: vectors are added at the end of their files, and
+    the new adapters take the next numbers. The files are then those of composing all at once.
+    """
+    from cli.views import composition_block
+    from composer.recipe import Allow
+    from registry.appending import append as add
+
+    with settings.progress() as progress:
+        result = add(
+            settings.registry,
+            folder,
+            adapters,
+            allow=Allow(allow),
+            accept_licences=accept_licences,
+            progress=progress,
+        )
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
 @click.argument("ref", metavar="REF|PATH")
 @common_options
 @pass_settings
@@ -295,4 +345,4 @@ def inspect(settings: Settings, ref: str) -> None:
     emit(settings, facts, lambda: inspection(facts), lambda: name)
 
 
-COMMANDS = {"plan": plan, "compose": compose, "undo": undo, "inspect": inspect}
+COMMANDS = {"plan": plan, "compose": compose, "append": append, "undo": undo, "inspect": inspect}

@@ -36,6 +36,7 @@ SHOWN = 6  # numbers of an embedding
 @click.option(
     "--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True, help="Where; never another instead."
 )
+@click.option("--adapter", metavar="NAME", help="One that OUT keeps apart (--separate, --multi); default: the base.")
 @click.option("--threads", type=click.IntRange(min=1), help="Within an operator; default: ONNX Runtime's.")
 @click.option("--no-check", is_flag=True, help="Do not compare the files with composition.json first.")
 @common_options
@@ -50,6 +51,7 @@ def run(
     top_p: float,
     seed: int | None,
     provider: Any,
+    adapter: str | None,
     threads: int | None,
     no_check: bool,
 ) -> None:
@@ -63,7 +65,7 @@ def run(
     sampling = Sampling(temperature, top_p, seed)
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read(MAX_PROMPT)
-    runnable = open_runnable(folder.expanduser(), provider, threads=threads, check=not no_check)
+    runnable = open_runnable(folder.expanduser(), provider, adapter=adapter, threads=threads, check=not no_check)
     if runnable.architecture.is_causal:
         _generate(settings, runnable, prompt, raw=raw, max_new_tokens=max_new_tokens, sampling=sampling)
     else:

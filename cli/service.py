@@ -188,12 +188,21 @@ def _run(app: Any, listener: socket.socket, log_format: str, *, quiet: bool) -> 
 
 
 @click.command()
+@click.option("--repair", is_flag=True, help="Hash everything that is stored, and restore what is damaged.")
 @common_options
 @pass_settings
-def doctor(settings: Settings) -> None:
-    """Check that everything is in place; exits with 1 when something is not."""
+def doctor(settings: Settings, repair: bool) -> None:
+    """Check that everything is in place; exits with 1 when something is not.
+
+    --repair restores a damaged file from another copy of its bytes, the xorbs that it came by, or its recipe; what is
+    made anew anyway is dropped. It exits with 5 where something stays damaged, and says what to do.
+    """
+    from cli.integrity import show_store_check
     from cli.views import checks_table
 
+    if repair:
+        show_store_check(settings, repair=True)
+        return
     checks = settings.registry.doctor()
     failed = [check for check in checks if not check.ok]
     emit(settings, checks, lambda: checks_table(checks), lambda: [check.name for check in failed])

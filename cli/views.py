@@ -22,6 +22,7 @@ from registry.schemas import (
     LineageInfo,
     NamespaceInfo,
     PlanInfo,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -45,6 +46,7 @@ __all__ = [
     "lineage_table",
     "namespace_table",
     "plan_block",
+    "store_check_block",
     "template_lines",
     "token_table",
     "verdict_lines",
@@ -300,6 +302,7 @@ def plan_block(plan: PlanInfo) -> str:
             ("method", plan.recipe.method),
             ("dtype", plan.recipe.dtype.value),
             ("export", plan.recipe.export.value),
+            ("adapters", plan.recipe.placement.value if plan.recipe.placement.value != "merged" else None),
             ("tensors", f"{plan.touched} of {plan.total} change"),
             *(("added", item) for item in plan.additions),
             ("weights", size(plan.nbytes)),
@@ -321,7 +324,8 @@ def composition_block(result: CompositionInfo) -> str:
     """What compose made."""
     record = result.record
     base = record.get("base", {})
-    lost = record.get("export", {}).get("discarded_energy")
+    exported = record.get("export", {})
+    lost, apart = exported.get("discarded_energy"), [item["name"] for item in exported.get("adapters", ())]
     timing = ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())
     facts = block(
         [
@@ -329,6 +333,7 @@ def composition_block(result: CompositionInfo) -> str:
             ("recipe", result.recipe_text),
             ("base", f"{base.get('ref', '-')} ({base.get('fingerprint', '-')})"),
             ("export", result.export),
+            ("adapters", f"{exported['placement']}: {', '.join(apart)}" if apart else None),
             ("output", result.output_digest),
             ("size", size(result.nbytes)),
             ("perplexity", _perplexity(record.get("probe"))),
@@ -402,6 +407,20 @@ def checks_table(checks: Sequence[DoctorCheck]) -> str:
     text = table(("", "CHECK", "DETAIL"), [("ok" if c.ok else "FAIL", c.name, c.detail) for c in checks], "no checks")
     remedies = [f"{check.name}: {check.remedy}" for check in checks if not check.ok and check.remedy]
     return "\n".join([text, *([""] if remedies else []), *remedies])
+
+
+def store_check_block(found: StoreCheck) -> str:
+    """How much was hashed, and what is damaged: a line each, what it is used by, and what was or can be done."""
+    count = f"{found.files} files, {size(found.nbytes)}"
+    if not found.damaged:
+        return f"{count}: all as they were stored"
+    rows = [(item.kind, item.name, item.found, "yes" if item.restored else "no") for item in found.damaged]
+    lines = [f"{count}, {len(found.damaged)} damaged", "", table(("KIND", "FILE", "FOUND", "RESTORED"), rows, ""), ""]
+    for item in found.damaged:
+        done = [("restored", item.restored), ("remedy", item.remedy)]
+        facts = block([("used by", item.used_by), ("tensors", item.tensors), *done])
+        lines += [f"{item.kind} {clean(item.name)}", facts, ""]
+    return "\n".join(lines).rstrip()
 
 
 def inspection(facts: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "Flavour",
     "ModuleWeight",
     "OnnxQuantise",
+    "Placement",
     "Recipe",
     "Value",
     "is_path",
@@ -75,6 +76,14 @@ class Export(StrEnum):
     ONNX = "onnx"
     BUNDLE = "bundle"
     PEFT = "peft"
+
+
+class Placement(StrEnum):
+    """Where adapters go: into the weights, into files that a session activates, or into one graph, row by row."""
+
+    MERGED = "merged"
+    SEPARATE = "separate"
+    MULTI = "multi"
 
 
 class Flavour(StrEnum):
@@ -174,6 +183,7 @@ class Recipe(_Model):
     parameters: dict[str, Value] = Field(default_factory=dict)
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    placement: Placement = Field(default=Placement.MERGED, description="of the adapters in an ONNX export")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
     flavour: Flavour = Field(default=Flavour.PORTABLE, description="of an ONNX graph")
     compute: Compute = Field(default=Compute.FP32, description="what an ONNX graph computes in")

@@ -48,6 +48,7 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -510,6 +511,11 @@ class RemoteRegistry:
         except (ValidationError, KeyError, TypeError) as error:
             raise self._odd_reply(error) from error
         return (DoctorCheck(name="service", ok=True, detail=self.url), *checks)
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """On the service, which answers when all of its files are hashed."""
+        answer = self._send("POST", "/store/checks", params={"repair": str(repair).lower()}, timeout=UPLOAD_TIMEOUT)
+        return self._read(answer, StoreCheck)
 
     def _wait(self, job: JobInfo, model: type[M], progress: Progress | None) -> tuple[JobInfo, M]:
         """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""

@@ -33,6 +33,7 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -342,4 +343,8 @@ class Registry(Protocol):
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
         """Is everything in place?"""
+        ...
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """Hash everything that is stored; with `repair`, restore what is damaged where a copy is left."""
         ...

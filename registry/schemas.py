@@ -456,6 +456,28 @@ class Readiness(Schema):
     store: bool = Field(description="it takes files")
 
 
+class Damage(Schema):
+    """A stored file that is not what it was."""
+
+    kind: str = Field(description="blob, base, composition, xorb, graph or list")
+    name: str
+    path: str
+    expected: str
+    found: str
+    used_by: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = Field(default=(), description="those that lie in the damaged parts, as far as is known")
+    restored: str | None = Field(default=None, description="from what, by a repair")
+    remedy: str | None = None
+
+
+class StoreCheck(Schema):
+    """What hashing everything that is stored has found."""
+
+    files: int
+    nbytes: int
+    damaged: tuple[Damage, ...] = ()
+
+
 class DoctorCheck(Schema):
     """One line of `registry doctor`."""
 

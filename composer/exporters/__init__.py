@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.additions import Prefix, SoftPrompt
+from composer.apart import check_placement, keep_apart
 from composer.checkpoint import Checkpoint
 from composer.errors import RecipeError, UnsupportedAdapterError
 from composer.exporters.bundle import BundleExporter
@@ -23,7 +24,7 @@ from composer.exporters.safetensors import SafetensorsExporter
 from composer.exporters.vocabulary import GENERATES
 from composer.kernels import Survival
 from composer.plan import Plan
-from composer.recipe import Compute, Export, Flavour, Recipe
+from composer.recipe import Compute, Export, Flavour, Placement, Recipe
 from composer.sinks import FolderSink
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class OnnxExporter:
         """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
         self.check(plan.checkpoint)
         _check_variant(plan)
+        if plan.recipe.placement is not Placement.MERGED:
+            return keep_apart(plan)
         architecture = plan.checkpoint.architecture
         takes_prefix = architecture.endswith(GENERATES) or architecture.startswith(PREFIX_ENCODERS)
         for item in plan.additions:
@@ -91,7 +94,11 @@ class OnnxExporter:
         return plan
 
     def plan_files(self, plan: Plan) -> dict[str, int]:
-        """The additions; the size of a graph is known once it is traced."""
+        """The additions, and adapters that are kept apart; the size of a graph is known once it is traced."""
+        if plan.apart:
+            from composer.exporters.onnx.apart import apart_files
+
+            return apart_files(plan)
         return companion_files(plan)
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -105,9 +112,15 @@ class OnnxExporter:
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Write model.onnx, whose additions lie beside the weights, and compare it with torch."""
         from composer.exporters.onnx import export_onnx
+        from composer.exporters.onnx.apart import kept_apart
 
-        added = {"additions": write_companions(plan, sink)} if plan.additions else {}
-        result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress, variant=_variant(plan.recipe))
+        added: dict[str, Any] = {"additions": write_companions(plan, sink)} if plan.additions else {}
+        apart = kept_apart(plan, sink) if plan.apart else None
+        result = export_onnx(
+            sink.folder, cache_dir=cache_dir, progress=progress, variant=_variant(plan.recipe), apart=apart
+        )
+        if apart is not None:
+            added |= {"placement": plan.recipe.placement.value, "adapters": apart.entries}
         for name in result.files:
             sink.adopt(name)
         facts = {name: value for name, value in asdict(result).items() if value is not None}
@@ -178,8 +191,17 @@ def prepare_export(plan: Plan) -> Plan:
         from composer.requantise import check_requantise  # built on composer.run, which is built on this package
 
         check_requantise(plan)
+    if plan.recipe.placement is not Placement.MERGED:
+        check_placement(plan.recipe)
     in_place = find_plan_exporter(plan.recipe.export)
     asked = plan.recipe.model_dump(include={"flavour", "compute", "onnx_quantise"}, exclude_defaults=True, mode="json")
+    if asked and plan.recipe.placement is not Placement.MERGED:
+        raise RecipeError(
+            f"{', '.join(asked)} are not made of a graph that keeps its adapters apart",
+            expected="one or the other",
+            found={"placement": plan.recipe.placement.value, **asked},
+            remedy="merge the adapters, or leave them out",
+        )
     if asked and plan.recipe.export is not Export.ONNX:
         raise RecipeError(
             f"{', '.join(asked)} belong to an ONNX graph, not to the export {plan.recipe.export.value!r}",

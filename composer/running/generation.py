@@ -164,9 +164,7 @@ def answer(
     prefill, tokens, texts, speller = 0.0, [], [], Speller(runnable.tokenizer)
     choose = (sampling or Sampling()).chooser()
     batch = np.array([ids], dtype=np.int64)
-    for chosen in stream(
-        runnable.session, batch, None, room, runnable.eos_ids, choose=choose, run_options=runnable.run_options
-    ):
+    for chosen in stream(runnable.session, batch, None, room, runnable.eos_ids, choose=choose):
         prefill = prefill or time.perf_counter() - started
         tokens.append(int(chosen[0]))
         if text := speller.add(tokens[-1]):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from composer.errors import CorruptFileError, NotFoundError
 from composer.exporters.companions import PAST_KEY_VALUES, SOFT_PROMPT
 from composer.exporters.onnx import find_graph, open_session
+from composer.exporters.onnx.adapted import AdaptedSession, activate, adapters_in
 from composer.exporters.onnx.architectures import Architecture, architecture_of
 from composer.exporters.onnx.skeleton import quiet
 from composer.exporters.onnx.verify import TOKENIZER_FILES
 from composer.files import read_json
 from composer.provenance import changed_outputs
+from composer.recipe import Placement
 from composer.tensors import read_header
 
 if TYPE_CHECKING:
@@ -29,29 +31,34 @@ class Runnable:
 
     longest: how many tokens fit, those of the answer included; None where the config does not say.
     eos_ids: the tokens that end a text, as transformers' generate takes them.
-    run_options: of every pass; None for ONNX Runtime's own.
+    session: with an adapter active, where the graph keeps them apart.
     """
 
     folder: Path
     architecture: Architecture
     config: dict[str, Any]
-    session: onnxruntime.InferenceSession
+    session: onnxruntime.InferenceSession | AdaptedSession
     tokenizer: PreTrainedTokenizerBase
     provider: str
     longest: int | None
     eos_ids: tuple[int, ...]
-    run_options: onnxruntime.RunOptions | None = None
 
 
 def open_runnable(
-    folder: Path, provider: Literal["cpu", "cuda"] = "cpu", *, threads: int | None = None, check: bool = True
+    folder: Path,
+    provider: Literal["cpu", "cuda"] = "cpu",
+    *,
+    adapter: str | None = None,
+    threads: int | None = None,
+    check: bool = True,
 ) -> Runnable:
     """Open the model that was composed into `folder`.
 
+    adapter: one of those that the graph keeps apart; None for the base.
     check: compare the files with the digests in composition.json first; a folder without a record has none.
-    Raises NotFoundError (no graph, no tokenizer), CorruptFileError (files that were changed since), what
-    architecture_of raises, and what open_session raises, such as MissingDependencyError for a provider that is not
-    there.
+    Raises NotFoundError (no graph, no tokenizer, no such adapter), CorruptFileError (files that were changed since),
+    what architecture_of raises, and what open_session raises, such as MissingDependencyError for a provider that is
+    not there.
     """
     graph = find_graph(folder)
     config = read_json(folder / "config.json")
@@ -74,6 +81,8 @@ def open_runnable(
                 files=changed,
             )
     session = open_session(graph, provider, threads=threads)
+    if adapter is not None or adapters_in(session)[0] is not Placement.MERGED:
+        session = activate(session, folder, [adapter])
     with quiet():
         from transformers import AutoTokenizer
 

@@ -14,6 +14,7 @@ from composer.recipe import (
     Export,
     Flavour,
     OnnxQuantise,
+    Placement,
     Recipe,
     Value,
     parse_recipe,
@@ -114,6 +115,7 @@ class RecipeRequest(_Request):
     parameters: dict[str, Value] = Field(default_factory=dict, description="of the method, by name")
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    placement: Placement = Field(default=Placement.MERGED, description="of the adapters, with export onnx")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
     flavour: Flavour = Field(default=Flavour.PORTABLE, description="of an ONNX graph")
     compute: Compute = Field(default=Compute.FP32, description="what an ONNX graph computes in")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -69,6 +70,7 @@ from registry.store.local import LocalStore
 __all__ = ["Compositions", "Prepared", "Resolved"]
 
 RECORD = "composition.json"
+SMALL = 16 << 20  # of a file that is no shard, this much is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,14 @@ class ResolvedBase:
     licence: str | None
     quantised_from: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, of a registered base
+
+    def verify_heads(self, chunks: ChunkStore) -> None:
+        """Read what a plan is made of: headers and small files. Raises BlobCorruptError as `verify` does."""
+        heads = {shard.header.path: shard.header for shard in self.checkpoint.shards}
+        for name, sha256 in self.digests.items():
+            path = self.checkpoint.files[name]
+            first = next(iter(heads[path].tensors.values()), None) if path in heads else None
+            chunks.reader(path, sha256).read_at(0, first.offset if first else SMALL)
 
     def verify(self, chunks: ChunkStore) -> None:
         """Read every file of a registered base. Raises BlobCorruptError for one that is not what was registered."""
@@ -265,11 +275,12 @@ class Compositions:
         return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
-        recipe, plan = resolved.recipe, prepare_export(self._plan(resolved))
+        recipe, asked = resolved.recipe, self._plan(resolved)
+        plan = prepare_export(asked)
         in_place = find_plan_exporter(recipe.export)
-        per_term = [
-            sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
-        ]
+        changes = [item.term for job in plan.jobs for item in job.deltas]
+        changes += [item.term for adapter in plan.apart for _, item in adapter.deltas]
+        per_term = Counter(changes)
         added: dict[str, int] = {}
         if recipe.requantise:
             files, along = requantised_files(plan), requantised_companions(plan)
@@ -293,15 +304,15 @@ class Compositions:
                     digest=item.digest,
                     weight=item.term.weight,
                     verdict=item.verdict,
-                    tensors=count,
+                    tensors=per_term[index],
                     chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
-                for item, count in zip(resolved.adapters, per_term, strict=True)
+                for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
             warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
-            advice=tuple(plan_advice(plan)),
+            advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
@@ -384,10 +395,12 @@ class Compositions:
                 files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
                 checkpoint = open_checkpoint(unchanged_files(row, files))
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
-                return ResolvedBase(
+                base = ResolvedBase(
                     checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent,
                     {file.name: file.sha256 for file in files},
                 )  # fmt: skip
+                base.verify_heads(self._store.chunks)
+                return base
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)

@@ -41,6 +41,7 @@ from registry.schemas import (
     PublishResult,
     Readiness,
     Relation,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -54,6 +55,7 @@ from registry.services.diagnosis import diagnose
 from registry.services.downloads import Downloads
 from registry.services.importing import Importing
 from registry.services.inspection import Inspection
+from registry.services.integrity import check_store
 from registry.services.jobs import JobService
 from registry.services.lifecycle import Lifecycle
 from registry.services.lineage import Lineage
@@ -418,3 +420,6 @@ class LocalRegistry:
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
         return diagnose(self.engine, self.layout)
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        return check_store(self, repair=repair, progress=progress)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from composer.files import FileSet
 from composer.finite import count_nonfinite
 from composer.provenance import manifest_digest
 from composer.templates import chat_templates, template_diff
-from composer.tensors import DTYPES
+from composer.tensors import DTYPES, TensorSpec
 from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
 from registry.compat import BaseClaim, assess
@@ -137,6 +138,7 @@ class Publishing:
         paths = {file: checkpoint.files[file] for file in kept}
         admit(paths)
         warnings = tuple(left_out(unsafe))
+        warnings += tuple(_nonfinite_of(checkpoint.stored.values(), "NaN or infinite values in the weights"))
         files = [(file, path, self._store.chunks.measure(path)[0]) for file, path in paths.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
@@ -539,10 +541,10 @@ def _merged_files(row: BaseModelRow, files: list[tuple[str, Path, str]]) -> list
 
 def _nonfinite(adapter: Adapter, allowed: bool) -> list[str]:
     """A warning on tensors that hold NaN or infinity. Raises NonFiniteError for the first, unless `allowed`."""
-    found = []
+    if allowed:
+        return _nonfinite_of(adapter.header.tensors.values(), "NaN or infinite values, so that it cannot be composed")
     for spec in adapter.header.tensors.values():
-        count = count_nonfinite(spec)
-        if count and not allowed:
+        if count := count_nonfinite(spec):
             raise NonFiniteError(
                 f"{spec.path.name}: {spec.name} holds {count} values that are NaN or infinite",
                 expected="finite numbers",
@@ -550,13 +552,13 @@ def _nonfinite(adapter: Adapter, allowed: bool) -> list[str]:
                 remedy="the training diverged: publish an earlier step, or keep it with --allow-nonfinite",
                 tensor=spec.name,
             )
-        if count:
-            found.append(f"{spec.name} ({count})")
-    if not found:
-        return []
-    return [
-        f"NaN or infinite values in {len(found)} tensors, so that it cannot be composed: {', '.join(found[:SHOWN])}"
-    ]
+    return []
+
+
+def _nonfinite_of(specs: Iterable[TensorSpec], what: str) -> list[str]:
+    found = [f"{spec.name} ({count})" for spec in specs if (count := count_nonfinite(spec))]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return [f"{what}: {', '.join(found[:SHOWN])}{more}"] if found else []
 
 
 def _template(files: FileSet, known: dict[str, Any] | None, warnings: list[str]) -> str | None:

@@ -77,6 +77,8 @@ def test_clean_keeps_letters_of_any_script() -> None:
             {"export": "onnx", "flavour": "genai", "compute": "fp16", "onnx_quantise": "int8"},
             "b-onnx-genai-fp16-int8",
         ),
+        ("tiny+a+b", {"export": Export.ONNX, "placement": "separate"}, "tiny+a+b-onnx-separate"),
+        ("tiny+a+b", {"export": Export.ONNX, "placement": "multi"}, "tiny+a+b-onnx-multi"),
         ("./models/tiny/+/x/y/fr", {"dtype": Dtype.FP16}, "tiny+fr-fp16"),
         ("smollm2", {}, "smollm2"),
         ("nf4+a", {"base_precision": "original", "requantise": True}, "nf4+a-original-requantised"),

@@ -16,13 +16,13 @@ from cli import run as run_command
 from cli.main import cli
 from composer.errors import UnsupportedArchitectureError, UsageError
 from composer.exporters.onnx import session
-from composer.recipe import Export
+from composer.recipe import Export, Placement
 from composer.run import compose
 from composer.running import Sampling, answer, encode, open_runnable
 from composer.running.generation import Speller
 from tests.composer.exporters.test_prompt_vocabulary import CHAT, bert_tokenizer, word_tokenizer
 from tests.composer.prompts import VOCABULARY
-from tests.conftest import save_model
+from tests.conftest import random_lora, save_model
 from tests.support import edit_json, plan_folders
 
 pytest.importorskip("onnxruntime")
@@ -40,10 +40,11 @@ PROMPT = "w5 w9 w11"
 
 
 def composed(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """A base with a tokenizer, composed to ONNX without adapters."""
+    """A base with a tokenizer, composed to ONNX without adapters; its graph is kept beside it."""
     save_model(model, folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    return compose(plan_folders(folder / "base", export=Export.ONNX), folder / "out").out
+    plan = plan_folders(folder / "base", export=Export.ONNX)
+    return compose(plan, folder / "out", cache_dir=folder / "graphs").out
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,23 @@ def test_a_changed_file_is_not_run(run: Any, llama: Path, tmp_path: Path) -> Non
     (out / "model.safetensors").write_bytes(data)
     assert "model.safetensors" in run("run", out, PROMPT, code=5).stderr
     run("run", out, PROMPT, "--no-check", "--max-new-tokens", 1)
+
+
+@pytest.mark.parametrize("placement", ["separate", "multi"])
+def test_an_adapter_that_is_kept_apart_answers_as_merged(run: Any, llama: Path, tmp_path: Path, placement: str) -> None:
+    """By its name; without one it is the base, and an unknown name ends with 3."""
+    lora = random_lora(llama.parent / "base", tmp_path / "lora", seed=9, r=8, target_modules=["q_proj", "v_proj"])
+    cache = llama.parent / "graphs"
+    for name, options in (("merged", {}), ("apart", {"placement": Placement(placement)})):
+        plan = plan_folders(llama.parent / "base", [(lora, 4.0)], export=Export.ONNX, **options)
+        compose(plan, tmp_path / name, cache_dir=cache)
+    words = (PROMPT, "--max-new-tokens", 12)
+    merged, apart = run("run", tmp_path / "merged", *words), run("run", tmp_path / "apart", *words, "--adapter", "lora")
+    base = run("run", llama, *words).stdout
+    assert apart.stdout == merged.stdout != base
+    assert run("run", tmp_path / "apart", *words).stdout == base
+    assert "lora" in run("run", tmp_path / "apart", *words, "--adapter", "other", code=3).stderr
+    assert "merged" in run("run", tmp_path / "merged", *words, "--adapter", "lora", code=3).stderr
 
 
 def test_what_cannot_be_run_is_refused(run: Any, llama: Path, tmp_path: Path) -> None:

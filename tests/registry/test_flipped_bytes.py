@@ -163,6 +163,18 @@ def test_a_flipped_byte_of_a_base_is_caught(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("path", ["plan", "check"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_plan_is_made_of_headers_and_configs_that_are_whole(
+    pristine: Shelf, flipped: Callable[[Path, int], None], tmp_path: Path, path: str, name: str
+) -> None:
+    """A flip in the name of a tensor, or in a number of the config, would be another model to a plan."""
+    file = pristine.base / name
+    flipped(file, file.read_bytes().index(b"model"))
+    with pytest.raises(IntegrityError):
+        read_paths(pristine, tmp_path / "out")[path]()
+
+
 URLS = ("/team/x/resolve/main/" + WEIGHTS, "/api/v1/adapters/team/x/files/" + WEIGHTS)
 
 

@@ -218,6 +218,16 @@ def test_nonfinite_weights_may_be_kept_and_are_told(registry: LocalRegistry, fol
     assert any(A in line and "(1)" in line for line in result.warnings)
 
 
+def test_nan_in_a_base_is_told(registry: LocalRegistry, tmp_path: Path) -> None:
+    """A base is registered as it is, with a warning that names the tensor."""
+    weights = np.ones((8, 8), np.float16)
+    weights[0, :2] = np.nan, np.inf
+    base = write_base(tmp_path / "base", {"model.q.weight": weights, "model.k.weight": np.ones((4, 8), np.float32)})
+    (told,) = registry.add_base(base, name="tiny").warnings
+    assert "model.q.weight (2)" in told
+    assert "model.k" not in told
+
+
 UNSAFE = ("adapter_model.bin", "trainer.pt", "weights.pth", "old.ckpt", "state.pkl", "a.joblib", "m.npy", "adapters.npz",
           "all.zip", "all.tar.gz", "modeling.py", "handler.PY", "run.sh", "lib.so", "notes.ipynb")  # fmt: skip
 

@@ -9,6 +9,7 @@
             (minutes, no weights)    │       (milliseconds)
                                      ▼
                                 bottlenecks  where bottlenecks.json lies in the folder: their nodes
+                                apart        adapters that are kept apart from the weights: their inputs or rows
                                      ▼
                                  vary        another flavour, dtype or quantised matrices, where asked for
                                      ▼
@@ -33,7 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.bottlenecks import BUNDLE
 from composer.errors import NotFoundError
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURES",
     "MODEL_FILE",
+    "KeptApart",
     "OnnxExport",
     "Variant",
     "export_onnx",
@@ -60,6 +62,7 @@ __all__ = [
     "generate",
     "open_session",
     "supported",
+    "write_aside",
 ]
 
 MODEL_FILE = "model.onnx"
@@ -98,12 +101,25 @@ class OnnxExport:
     kl_divergence: float | None = None
 
 
+class KeptApart(Protocol):
+    """Adapters that the graph is to hold beside the weights."""
+
+    def insert(self, model: onnx.ModelProto) -> None:
+        """Add them to the bound graph."""
+        ...
+
+    def verify(self, path: Path, architecture: Architecture, say: Callable[[str], None]) -> verify.Verification:
+        """Compare the graph in `path`, which lies in the folder, with torch, each of them active."""
+        ...
+
+
 def export_onnx(
     folder: Path,
     *,
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
     variant: Variant = PLAIN,
+    apart: KeptApart | None = None,
 ) -> OnnxExport:
     """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
 
@@ -111,6 +127,7 @@ def export_onnx(
         make prompts when there is one. Weights are float32, float16 or bfloat16.
     cache_dir: where weightless graphs are kept between exports; None traces anew each time.
     variant: what is made of the graph; see `variants` and `vary`.
+    apart: adapters for the graph; without any of them active it is compared as one that has none.
     Only a verified file gets the name model.onnx. When verification fails, an older model.onnx is deleted as well:
     it points into the same weights.
     Raises, before anything is written: NotFoundError, UnsupportedArchitectureError, MissingDependencyError.
@@ -139,14 +156,18 @@ def export_onnx(
     if (folder / BUNDLE).is_file():
         insert_bottlenecks(bound.model, folder)
     insert_virtual_tokens(bound.model, folder, config, architecture)
+    if apart is not None:
+        apart.insert(bound.model)
     graph.metadata_props.add(key="composer.graph_digest", value=digest)
     if variant == PLAIN:
-        aside = _write_aside(folder, bound.model)
+        aside = write_aside(folder, bound.model)
         clock.append(time.perf_counter())
         files: tuple[str, ...] = (MODEL_FILE,)
         try:
             say(f"verify {architecture.name} in ONNX Runtime against torch")
             result = verify.verify(folder, aside, architecture)
+            if apart is not None:
+                result = result.joined(apart.verify(aside, architecture, say))
             os.replace(aside, folder / MODEL_FILE)
         except Exception:
             (folder / MODEL_FILE).unlink(missing_ok=True)
@@ -212,7 +233,7 @@ def _graph(
     return graph, False
 
 
-def _write_aside(folder: Path, model: onnx.ModelProto) -> Path:
+def write_aside(folder: Path, model: onnx.ModelProto) -> Path:
     """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MODEL_FILE}.", suffix=".tmp")
     try:

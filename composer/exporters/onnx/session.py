@@ -125,13 +125,10 @@ class Decoder:
     """A causal model in the middle of a text: each pass takes the KV cache that the pass before it returned.
 
     The cache is bound by reference and lies where the session computes; only ids and logits pass through Python.
-    run_options: onnxruntime.RunOptions of every pass, such as those that name an active adapter.
     """
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, run_options: onnxruntime.RunOptions | None = None
-    ) -> None:
-        self._session, self._options = session, run_options
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
         self._device = DEVICES[session.get_providers()[0]]
         self._inputs = {item.name: item for item in session.get_inputs()}
         self._caches = {name: item for name, item in self._inputs.items() if name.startswith(PAST)}
@@ -162,7 +159,7 @@ class Decoder:
         binding.bind_output("logits", "cpu")
         for name in past:
             binding.bind_output(name.replace(PAST, PRESENT, 1), self._device)
-        self._session.run_with_iobinding(binding, self._options)
+        self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         self._past = dict(zip(past, present, strict=True))
         # Padding on the right puts a row's last token before the end.
@@ -207,7 +204,6 @@ def stream(
     eos_ids: Iterable[int] = (),
     *,
     choose: Callable[[np.ndarray], np.ndarray] = most_likely,
-    run_options: onnxruntime.RunOptions | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue token by token: yields int64 [batch] as each is decoded.
 
@@ -218,7 +214,7 @@ def stream(
 
     eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-    decoder, step = Decoder(session, run_options), input_ids
+    decoder, step = Decoder(session), input_ids
     ended = np.zeros(len(input_ids), dtype=bool)
     for _ in range(max_new_tokens):
         chosen = choose(decoder.step(step, mask)).astype(np.int64)

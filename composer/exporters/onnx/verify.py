@@ -37,6 +37,7 @@ __all__ = [
     "Verification",
     "live_model",
     "pad",
+    "prompt_rows",
     "prompts",
     "verify",
 ]
@@ -76,6 +77,11 @@ class Verification:
     checks: tuple[dict[str, Any], ...]
     agreement: float | None = None
     kl_divergence: float | None = None
+
+    def joined(self, other: Verification) -> Verification:
+        """Both as one; each has passed by its own tolerance."""
+        largest, tolerance = max((self.max_abs_diff, self.tolerance), (other.max_abs_diff, other.tolerance))
+        return Verification(largest, tolerance, (*self.checks, *other.checks))
 
 
 def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verification:
@@ -264,6 +270,12 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def prompt_rows(folder: Path, config: Any, longest: int) -> list[list[int]]:
+    """All prompts of a folder: texts, where it has a tokenizer, and seeded ids."""
+    tokenizer = _tokenizer(folder)
+    return [*_text_prompts(tokenizer, config, longest), *_random_prompts(tokenizer, config, longest)]
 
 
 def _text_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:
