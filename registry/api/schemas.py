@@ -6,7 +6,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.recipe import Allow, BasePrecision, Dtype, Export, Placement, Recipe, Value, parse_recipe
+from composer.recipe import (
+    Allow,
+    BasePrecision,
+    Compute,
+    Dtype,
+    Export,
+    Flavour,
+    OnnxQuantise,
+    Placement,
+    Recipe,
+    Value,
+    parse_recipe,
+)
 from registry.access import Role, Scope
 from registry.api.rules import refuse_paths
 from registry.interface import DEFAULT_DAYS, GRACE_DAYS, KEEP_JOBS_DAYS
@@ -114,6 +126,10 @@ class RecipeRequest(_Request):
     export: Export = Export.SAFETENSORS
     placement: Placement = Field(default=Placement.MERGED, description="of the adapters, with export onnx")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
+    flavour: Flavour = Field(default=Flavour.PORTABLE, description="of an ONNX graph")
+    compute: Compute = Field(default=Compute.FP32, description="what an ONNX graph computes in")
+    onnx_quantise: OnnxQuantise | None = Field(default=None, description="what the matrices of an ONNX graph become")
+    min_agreement: float = Field(default=0.5, ge=0, le=1, description="how often it must choose torch's token then")
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
     base_precision: BasePrecision = BasePrecision.QUANTISED
