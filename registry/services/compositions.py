@@ -64,7 +64,7 @@ from registry.schemas import (
 from registry.screening import alarms, judge
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
-from registry.services.lifecycle import refuse_quarantined
+from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
 from registry.services.screening import others, population
@@ -431,6 +431,7 @@ class Compositions:
             else:
                 row = find_base(session, ref)
             if row is not None:
+                refuse_tainted(session, row)
                 facts = base_facts(session, row)
                 files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
                 checkpoint = open_checkpoint(unchanged_files(row, files))

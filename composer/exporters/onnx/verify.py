@@ -28,7 +28,19 @@ from composer.exporters.onnx.skeleton import quiet
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["RELATIVE_TOLERANCE", "SMALLEST_TOLERANCE", "Verification", "prompt_rows", "verify"]
+__all__ = [
+    "NEW_TOKENS",
+    "PROMPTS",
+    "RELATIVE_TOLERANCE",
+    "SMALLEST_TOLERANCE",
+    "TOKENIZER_FILES",
+    "Verification",
+    "live_model",
+    "pad",
+    "prompt_rows",
+    "prompts",
+    "verify",
+]
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest difference allowed, as a share of the largest value the torch model gives on the same prompts.
@@ -54,11 +66,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared: the largest difference, what was allowed, and one entry for each check."""
+    """What was compared: the largest difference, what was allowed, and one entry for each check.
+
+    agreement, kl_divergence: of a graph that rounds: the share of positions at which the largest value is torch's, and
+        the mean divergence of its distributions from torch's, in nats.
+    """
 
     max_abs_diff: float
     tolerance: float
     checks: tuple[dict[str, Any], ...]
+    agreement: float | None = None
+    kl_divergence: float | None = None
 
     def joined(self, other: Verification) -> Verification:
         """Both as one; each has passed by its own tolerance."""
@@ -96,21 +114,10 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
 
 def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[dict], float, float]:
     import numpy as np
-    import torch
-    import transformers
 
-    cls = getattr(transformers, architecture.name)
-    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-    if (folder / BUNDLE).is_file():
-        from composer.runtime.bottlenecks import attach
-
-        attach(module, folder)
-    live = LiveModel(module, folder, architecture)
+    live = live_model(folder, architecture)
     session = open_session(model_path)
-    longest = _longest(module.config) - live.tokens
-    tokenizer = _tokenizer(folder)
-    texts = _text_prompts(tokenizer, module.config, longest)
-    randoms = _random_prompts(tokenizer, module.config, longest)
+    texts, randoms = prompts(folder, live)
     run = _check_causal if architecture.is_causal else _check_encoder
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
@@ -139,6 +146,27 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     return checks, largest, scale if math.isfinite(scale) else 0.0
 
 
+def live_model(folder: Path, architecture: Architecture) -> LiveModel:
+    """The torch model in `folder`, in float32, with what lies beside its weights."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture.name)
+    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    if (folder / BUNDLE).is_file():
+        from composer.runtime.bottlenecks import attach
+
+        attach(module, folder)
+    return LiveModel(module, folder, architecture)
+
+
+def prompts(folder: Path, live: LiveModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of texts, none where the folder has no tokenizer, and random ones."""
+    longest = _longest(live.config) - live.tokens
+    tokenizer = _tokenizer(folder)
+    return _text_prompts(tokenizer, live.config, longest), _random_prompts(tokenizer, live.config, longest)
+
+
 def _check_causal(
     session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> tuple[dict[str, Any], float]:
@@ -146,7 +174,7 @@ def _check_causal(
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, live.config, left=True)
+    ids, mask = pad(rows, live.config, left=True)
     length = ids.shape[1]
     past, logits = None, []
     bounds = [length * part // parts for part in range(parts + 1)]
@@ -190,7 +218,7 @@ def _check_encoder(
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, live.config, left=False)
+    ids, mask = pad(rows, live.config, left=False)
     feeds = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in architecture.inputs:
         # The second half of each row as a second segment, so that both kinds of row are read.
@@ -217,7 +245,7 @@ def _difference(got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None) 
     return float(np.abs(got - expected).max()), float(np.abs(expected).max())
 
 
-def _pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """int64 ids and mask [batch, longest row]."""
     import numpy as np
 
