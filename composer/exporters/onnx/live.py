@@ -36,6 +36,13 @@ class LiveModel:
             ]
         self.tokens = len(self.prompt) if self.prompt is not None else self.prefix[0][0].shape[2] if self.prefix else 0
 
+    def double(self) -> None:
+        """Turn the module and its virtual tokens to float64; some of its operations stay in float32."""
+        self.module.double()
+        if self.prompt is not None:
+            self.prompt = self.prompt.double()
+        self.prefix = [(key.double(), value.double()) for key, value in self.prefix]
+
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
         """One pass over int64 [batch, length] real tokens."""
         import torch

@@ -8,13 +8,17 @@ The torch model comes from `from_pretrained`, which finds the weights by its own
 Bottlenecks are hooked into it by composer.runtime, and virtual tokens put before its input by `live`; neither shares
 anything with the nodes that the graph has for them.
 Only positions that are not padding are compared.
+
+Some inputs are ill-conditioned: an untrained prefix moves SmolLM2's logits by 2e-3 when torch itself computes the same
+in float64. What exceeds the tolerance is therefore computed once more in float64, and torch's own rounding measured.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +41,14 @@ Both sides compute in float32 whatever the weights are stored in (widening bfloa
 serves all dtypes; only the order of summation differs. Measured, as
 that share: 3e-6 for SmolLM2-135M in bfloat16 (1.3e-4 of 39), 6e-7 for MiniLM, up to 2e-6 for tiny random models.
 """
+ROUNDING = 8
+"""Largest difference allowed, as a multiple of torch's own distance in float32 from the same model in float64.
+
+Two sums of the same terms in different order are each about that far from the exact one; a graph that is wrong is off
+by the size of the logits.
+"""
+LARGEST_TOLERANCE = 5e-3
+"""What `ROUNDING` may allow at most, as a share of the largest value: beyond it, nothing shows that a graph is right."""
 SMALLEST_TOLERANCE = 1e-5
 """Floor for models whose outputs are all near zero, where float32 rounding inside the model decides."""
 
@@ -68,17 +80,21 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
     not a number, or leads greedy decoding to another token.
     """
     with quiet():
-        checks, largest, scale = _run_checks(folder, model_path, architecture)
-    tolerance = max(SMALLEST_TOLERANCE, RELATIVE_TOLERANCE * scale)
-    failed = [
-        check["check"]
-        for check in checks
-        # Written so that NaN fails. Another token is fine only where torch itself is undecided.
-        if not (check["max_abs_diff"] <= tolerance and check.get("greedy_gap", 0.0) <= 2 * tolerance)
-    ]
+        compared, live = _run_checks(folder, model_path, architecture)
+        scale = max((item.scale for item in compared if math.isfinite(item.scale)), default=0.0)
+        tolerance = max(SMALLEST_TOLERANCE, RELATIVE_TOLERANCE * scale)
+        failed = [item for item in compared if not item.within(tolerance)]
+        if failed:
+            _measure_rounding(failed, live)
+            rounding = max((item.facts["float32_rounding"] for item in failed), default=0.0)
+            tolerance = max(tolerance, min(ROUNDING * rounding, LARGEST_TOLERANCE * scale))
+            failed = [item for item in failed if not item.within(tolerance)]
+    checks = [item.facts for item in compared]
+    largest = _largest(check["max_abs_diff"] for check in checks)
     if failed:
         raise OnnxVerificationError(
-            f"onnx: the exported graph differs from the torch model by {largest:.3g} in: {', '.join(failed)}",
+            f"onnx: the exported graph differs from the torch model by {largest:.3g} in: "
+            f"{', '.join(item.facts['check'] for item in failed)}",
             expected=f"at most {tolerance:.3g}",
             found=largest,
             remedy="export safetensors instead; the weights themselves are not concerned",
@@ -89,8 +105,32 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
     return Verification(largest, tolerance, tuple(checks))
 
 
-def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[dict], float, float]:
-    import numpy as np
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """One check: its facts for the record, the largest value expected, and how to ask torch for the same again.
+
+    again: gives the values float [positions, …] without the padding, of the model that it is handed.
+    """
+
+    facts: dict[str, Any]
+    scale: float
+    expected: np.ndarray
+    again: Callable[[LiveModel], np.ndarray]
+
+    def within(self, tolerance: float) -> bool:
+        """True when no value is further off, nor a number that is none; another token only where torch is undecided."""
+        return self.facts["max_abs_diff"] <= tolerance and self.facts.get("greedy_gap", 0.0) <= 2 * tolerance
+
+
+def _measure_rounding(doubtful: list[_Compared], live: LiveModel) -> None:
+    """Add to each check how far torch in float32 is from the same module in float64, to which `live` is turned."""
+    live.double()
+    for item in doubtful:
+        exact = item.again(live)
+        item.facts["float32_rounding"] = float(abs(item.expected - exact).max())
+
+
+def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[_Compared], LiveModel]:
     import torch
     import transformers
 
@@ -115,18 +155,16 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     batches.append(("random ids, padded batch", randoms, {}))
     if architecture.is_causal:
         batches.append(("random ids, prefill in two parts", randoms, {"parts": 2}))
-    checks, largest, scale = [], 0.0, 0.0
+    compared = []
     for name, rows, options in batches:
-        check, absmax = run(session, live, architecture, rows, **options)
-        checks.append({"check": name, "rows": len(rows), **check})
-        # np.maximum, unlike max, keeps NaN.
-        largest, scale = (float(np.maximum(largest, check["max_abs_diff"])), max(scale, absmax))
-    return checks, largest, scale if math.isfinite(scale) else 0.0
+        item = run(session, live, architecture, rows, **options)
+        compared.append(replace(item, facts={"check": name, "rows": len(rows), **item.facts}))
+    return compared, live
 
 
 def _check_causal(
     session: Any, live: LiveModel, _architecture: Architecture, rows: list[list[int]], parts: int = 1
-) -> tuple[dict[str, Any], float]:
+) -> _Compared:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
     import torch
@@ -148,17 +186,21 @@ def _check_causal(
         logits.append(part)
     got = np.concatenate(logits, axis=1)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    with torch.no_grad():
-        expected = live(
-            torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
-        )["logits"].numpy()
+
+    def whole(model: LiveModel) -> np.ndarray:
+        with torch.no_grad():
+            return model(
+                torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
+            )["logits"].numpy()
+
+    expected = whole(live)
     tokens = np.concatenate([ids[:, length:], token], axis=1)
     # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
     deciding = expected[:, length - 1 :]
     gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
-    difference, absmax = _difference(got, expected, mask)
-    check = {
-        "max_abs_diff": difference,
+    kept = mask.astype(bool)
+    facts = {
+        "max_abs_diff": _difference(got, expected, kept),
         "prefill": [len(row) for row in rows],
         "padding": "left" if int(mask.min()) == 0 else "none",
         "decoded": NEW_TOKENS,
@@ -166,12 +208,10 @@ def _check_causal(
         "greedy_gap": float(gap.max()),
         "tokens": tokens[0].tolist(),
     }
-    return check, absmax
+    return _Compared(facts, float(np.abs(expected[kept]).max()), expected[kept], lambda model: whole(model)[kept])
 
 
-def _check_encoder(
-    session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]]
-) -> tuple[dict[str, Any], float]:
+def _check_encoder(session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]]) -> _Compared:
     import numpy as np
     import torch
 
@@ -183,23 +223,32 @@ def _check_encoder(
         feeds["token_type_ids"] = (np.cumsum(np.ones_like(ids), axis=1) > ids.shape[1] // 2).astype(np.int64)
         feeds["token_type_ids"] *= int(kinds > 1)
     got = session.run([architecture.output], feeds)[0]
-    with torch.no_grad():
-        expected = live(**{name: torch.from_numpy(value) for name, value in feeds.items()})
-    expected = expected[architecture.output].numpy()
-    difference, absmax = _difference(got, expected, mask if got.ndim == 3 else None)
-    padding = "right" if int(mask.min()) == 0 else "none"
-    return {"max_abs_diff": difference, "tokens": [len(row) for row in rows], "padding": padding}, absmax
+
+    def whole(model: LiveModel) -> np.ndarray:
+        with torch.no_grad():
+            found = model(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        return found[architecture.output].numpy()
+
+    expected = whole(live)
+    kept = mask.astype(bool) if got.ndim == 3 else np.ones(len(got), bool)
+    facts = {
+        "max_abs_diff": _difference(got, expected, kept),
+        "tokens": [len(row) for row in rows],
+        "padding": "right" if int(mask.min()) == 0 else "none",
+    }
+    return _Compared(facts, float(np.abs(expected[kept]).max()), expected[kept], lambda model: whole(model)[kept])
 
 
-def _difference(got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None) -> tuple[float, float]:
-    """The largest difference outside the padding, and the largest value expected there."""
+def _difference(got: np.ndarray, expected: np.ndarray, kept: np.ndarray) -> float:
+    """The largest difference where `kept`, bool of the leading axes, is true; NaN where there is one."""
     import numpy as np
 
-    if got.shape != expected.shape:
-        return math.inf, 0.0
-    if mask is not None:
-        got, expected = got[mask.astype(bool)], expected[mask.astype(bool)]
-    return float(np.abs(got - expected).max()), float(np.abs(expected).max())
+    return float(np.abs(got[kept] - expected[kept]).max()) if got.shape == expected.shape else math.inf
+
+
+def _largest(values: Iterable[float]) -> float:
+    """Their largest; NaN where there is one."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def _pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
