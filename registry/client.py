@@ -326,17 +326,7 @@ class RemoteRegistry:
         probe: str | None = None,
         progress: Progress | None = None,
     ) -> CompositionInfo:
-        """Run a job on the service and download what it made. An interrupt cancels the job.
-
-        Raises UsageError for a text to probe: jobs compose from recipes alone.
-        """
-        if probe is not None:
-            raise UsageError(
-                "a text is probed where the model is composed",
-                expected="a registry on this machine",
-                found=self.url,
-                remedy="leave --url out, or compose without --probe",
-            )
+        """Run a job on the service and download what it made. An interrupt cancels the job."""
         out = out.expanduser().resolve()
         earlier: dict[str, Any] | None = None
         if not replace and (out / RECORD).is_file():
@@ -345,7 +335,9 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
+            job, result = self._wait(
+                self.submit(recipe, accept_licences=accept_licences, probe=probe), CompositionInfo, progress
+            )
             files = _outputs(result)
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
@@ -360,9 +352,11 @@ class RemoteRegistry:
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose."""
         body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        if probe is not None:
+            body = {"recipe": body, "probe": probe}
         return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
 
     def list_jobs(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.exporters.companions import PAST_KEY_VALUES, SOFT_PROMPT
-from composer.exporters.onnx.architectures import Architecture
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +18,12 @@ __all__ = ["LiveModel"]
 
 
 class LiveModel:
-    """A module and k virtual tokens; `tokens` is k, 0 where there are none."""
+    """A module and k virtual tokens; `tokens` is k, 0 where there are none. output: the name of the one wanted."""
 
-    def __init__(self, module: torch.nn.Module, folder: Path, architecture: Architecture) -> None:
+    def __init__(self, module: torch.nn.Module, folder: Path, output: str) -> None:
         from safetensors.torch import load_file
 
-        self.module, self.config, self.output = module, module.config, architecture.output
+        self.module, self.config, self.output = module, module.config, output
         self.prompt: torch.Tensor | None = None
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
         if (folder / SOFT_PROMPT).is_file():

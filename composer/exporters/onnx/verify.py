@@ -48,7 +48,7 @@ Two sums of the same terms in different order are each about that far from the e
 by the size of the logits.
 """
 LARGEST_TOLERANCE = 5e-3
-"""What `ROUNDING` may allow at most, as a share of the largest value: beyond it, nothing shows that a graph is right."""
+"""What `ROUNDING` may allow at most, as a share of the largest value: beyond it, nothing shows a graph to be right."""
 SMALLEST_TOLERANCE = 1e-5
 """Floor for models whose outputs are all near zero, where float32 rounding inside the model decides."""
 
@@ -140,7 +140,7 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
         from composer.runtime.bottlenecks import attach
 
         attach(module, folder)
-    live = LiveModel(module, folder, architecture)
+    live = LiveModel(module, folder, architecture.output)
     session = open_session(model_path)
     longest = _longest(module.config) - live.tokens
     texts = _text_prompts(folder, module.config, longest)
