@@ -6,6 +6,8 @@ the nodes that the graph has for them, nor with PEFT.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["LiveModel"]
+
+HALF_UNIT = 2.0**-24
 
 
 class LiveModel:
@@ -34,6 +38,22 @@ class LiveModel:
                 (found[f"layers.{layer}.key"], found[f"layers.{layer}.value"]) for layer in range(len(found) // 2)
             ]
         self.tokens = len(self.prompt) if self.prompt is not None else self.prefix[0][0].shape[2] if self.prefix else 0
+
+    @contextmanager
+    def rounded(self, seed: int) -> Iterator[None]:
+        """Meanwhile each number of the embeddings is off by about half a unit in its last place; drawn from `seed`."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+
+        def change(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * (1 + HALF_UNIT * torch.randn(output.shape, generator=generator))
+
+        hook = self.module.get_input_embeddings().register_forward_hook(change)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def double(self) -> None:
         """Turn the module and its virtual tokens to float64; some of its operations stay in float32."""
