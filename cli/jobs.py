@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging.config
 import signal
 import threading
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 import click
 
 from cli.listing import collect, limit_option
-from cli.options import JOB_STATES, Settings, common_options, pass_settings
+from cli.options import JOB_STATES, LOG_FORMATS, Settings, common_options, pass_settings
 from cli.output import emit
 from composer.errors import UsageError
 
@@ -67,9 +68,16 @@ _job_command("retry", "retry_job", "Queue a failed or cancelled job again.")
     show_default=True,
     help="How long a job may be silent before another worker takes it.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    help="Of the lines on stderr; json is one object a line.",
+)
 @common_options
 @pass_settings
-def worker(settings: Settings, slots: int, drain: bool, lease: float) -> None:
+def worker(settings: Settings, slots: int, drain: bool, lease: float, log_format: str) -> None:
     """Run jobs of the registry on this machine until interrupted.
 
     Any number of workers may run, on any machine that reaches the database and REGISTRY_HOME. A worker that is killed
@@ -77,7 +85,10 @@ def worker(settings: Settings, slots: int, drain: bool, lease: float) -> None:
     """
     if settings.url:
         raise UsageError("a worker runs where the registry lies", expected="no --url", found=settings.url)
+    from registry.logs import log_config
     from registry.services.worker import Worker
+
+    logging.config.dictConfig(log_config(log_format, "warning" if settings.format == "quiet" else "info"))
 
     local = settings.open_local()
     try:

@@ -42,6 +42,7 @@ __all__ = [
     "PlanInfo",
     "PlannedAdapter",
     "PublishResult",
+    "Readiness",
     "Reason",
     "Relation",
     "TokenInfo",
@@ -435,6 +436,15 @@ class Collected(Schema):
     jobs: int = Field(description="jobs that ended long ago")
     records: int = Field(description="records of compositions made long ago")
     nbytes: int
+
+
+class Readiness(Schema):
+    """Whether requests can be served."""
+
+    ready: bool = Field(description="all of the following")
+    database: bool = Field(description="it answers")
+    migrations: bool = Field(description="its schema is the one that this version expects")
+    store: bool = Field(description="it takes files")
 
 
 class DoctorCheck(Schema):

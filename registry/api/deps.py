@@ -20,6 +20,7 @@ from registry.access import LOCAL, Authenticator, Principal, Scope
 from registry.api.rules import refuse_path
 from registry.errors import AuthenticationError
 from registry.interface import DEFAULT_PAGE
+from registry.schemas import VersionInfo
 
 if TYPE_CHECKING:
     from registry.services.jobs import JobService
@@ -32,6 +33,7 @@ __all__ = [
     "Limit",
     "Registered",
     "VersionQuery",
+    "count_download",
     "file_response",
     "require",
     "usage_errors",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 MAX_PAGE = 1000
+WEIGHTS = (".safetensors", ".npz", ".gguf")
 
 
 async def principal_of(request: Request) -> Principal:
@@ -129,6 +132,12 @@ def usage_errors() -> Iterator[None]:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise UsageError("; ".join(problems), problems=problems) from None
+
+
+def count_download(request: Request, registry: Registered, version: VersionInfo, filename: str) -> None:
+    """One download of a version more, where a request gets its weights from their start."""
+    if filename.endswith(WEIGHTS) and "range" not in request.headers:
+        registry.count_download(version)
 
 
 def file_response(

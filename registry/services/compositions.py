@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, select
+from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 
 import registry
 from composer.adapters import Adapter, open_adapter
@@ -302,6 +304,7 @@ class Compositions:
         _require_licences(resolved, accept_licences)
         key = _probed(resolved.key, text)
         if (earlier := _earlier(out, key)) is not None:
+            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
             return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
@@ -412,17 +415,19 @@ class Compositions:
         return make_plan(resolved.recipe, resolved.target.checkpoint, terms, resolved.base.checkpoint)
 
     def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:
-        with session_scope(self._engine, writes=True) as session:
-            if session.scalar(select(CompositionRow).where(CompositionRow.key == key)) is None:
-                session.add(
-                    CompositionRow(
-                        key=key,
-                        recipe=resolved.recipe.model_dump(mode="json"),
-                        inputs=resolved.inputs,
-                        output_digest=record["output_digest"],
-                        parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
-                    )
-                )
+        known = select(CompositionRow.id).where(CompositionRow.key == key)
+        with session_scope(self._engine) as session:
+            if session.scalar(known) is not None:
+                return
+        row = CompositionRow(
+            key=key,
+            recipe=resolved.recipe.model_dump(mode="json"),
+            inputs=resolved.inputs,
+            output_digest=record["output_digest"],
+            parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
+        )
+        with suppress(DatabaseIntegrityError), session_scope(self._engine, writes=True) as session:
+            session.add(row)  # where somebody else composed the same just now, it is there
 
 
 def _require(allow: Allow, item: ResolvedAdapter, base: str) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, StorageError, UsageError
 from composer.files import FileSet, git_oid, refuse_pickles, sha256_file
-from composer.sinks import storage_errors
+from composer.sinks import fsync_tree, storage_errors
 from registry.errors import HubUnreachableError
 from registry.interface import DEFAULT_MAX_BYTES, Progress
 from registry.pushes import CONFIG
@@ -146,6 +146,7 @@ class Importing:
             folder.mkdir(parents=True)
             for name, path in files.items():
                 path.rename(folder / name)
+            fsync_tree(folder.parent)
         return folder
 
 

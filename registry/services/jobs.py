@@ -214,6 +214,13 @@ class JobService:
             items = tuple(job_info(row) for row in rows[:limit])
         return Page(items=items, next=items[-1].id if len(rows) > limit else None)
 
+    def counts(self) -> dict[JobState, int]:
+        """How many jobs there are in each state, whoever submitted them."""
+        query = select(JobRow.state, func.count()).group_by(JobRow.state)
+        with session_scope(self._engine) as session:
+            found = dict(session.execute(query).tuples().all())
+        return {state: found.get(state.value, 0) for state in JobState}
+
     def cancel(self, job_id: str) -> JobInfo:
         """Cancel a queued job at once, a running one when its worker next looks; a finished one is a ConflictError."""
         with session_scope(self._engine, writes=True) as session:

@@ -39,6 +39,7 @@ from registry.schemas import (
     Page,
     PlanInfo,
     PublishResult,
+    Readiness,
     Relation,
     TokenInfo,
     Verdict,
@@ -60,6 +61,7 @@ from registry.services.matching import Matching
 from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
 from registry.services.pushing import Pushing
+from registry.services.readiness import ReadinessProbe
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
@@ -110,6 +112,7 @@ class LocalRegistry:
         self._audit = AuditLog(self.engine)
         self.tokens = Tokens(self.engine)
         self.downloads = Downloads(self.engine)
+        self._readiness = ReadinessProbe(self.engine, layout)
 
     def acting_as(self, principal: Principal) -> LocalRegistry:
         """The same registry as `principal` may see and change it."""
@@ -128,6 +131,10 @@ class LocalRegistry:
     def home(self) -> Path:
         """The folder of everything that is not in the database."""
         return self.layout.home
+
+    def readiness(self) -> Readiness:
+        """Whether requests can be served."""
+        return self._readiness.check()
 
     def close(self) -> None:
         """Write what was counted and release the database."""

@@ -29,7 +29,7 @@ from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
 from registry.compat import BaseClaim, assess
 from registry.db import session_scope
-from registry.errors import BaseNotFoundError, NameTakenError, VersionTakenError
+from registry.errors import BaseNotFoundError, CollectedError, NameTakenError, VersionTakenError
 from registry.fingerprint import Fingerprint, fingerprint_checkpoint, logical_leaves
 from registry.interface import Progress
 from registry.models import (
@@ -37,6 +37,7 @@ from registry.models import (
     BaseFileRow,
     BaseModelRow,
     BaseTensorRow,
+    RepositoryRow,
     SignatureRow,
     SignatureTargetRow,
     TombstoneRow,
@@ -48,6 +49,7 @@ from registry.names import Version, adapter_name, base_name, slug
 from registry.preflight import adapter_advice
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
 from registry.services.audit import acting, record
+from registry.services.blobs import require_blobs
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.lineage import set_parent
@@ -58,6 +60,7 @@ from registry.words import index_text
 __all__ = ["Publishing", "publishable_files"]
 
 FIRST_VERSION = "0.1.0"
+ATTEMPTS = 5
 EXTRA_FILES = re.compile(
     r"README\.md|LICENSE(\.txt|\.md)?|.*\.jinja|.*\.model|tokenizer.*\.json|vocab\.(json|txt)|merges\.txt"
     r"|special_tokens_map\.json|added_tokens\.json"
@@ -232,22 +235,30 @@ class Publishing:
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         known = self._check_base(adapter, claim, warnings)
         advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
-        files = self._store_files(adapter.files if whole else publishable_files(adapter), progress)
-        digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
-        try:
-            with session_scope(self._engine, writes=True) as session:
-                result = self._insert(
-                    session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                    license, tags, description, private, warnings,
-                )  # fmt: skip
-                return result.model_copy(update={"advice": tuple(advice)})
-        except DatabaseIntegrityError as error:
-            raise VersionTakenError(
-                f"{namespace}/{short}: another publisher took the version at the same moment",
-                expected="a free version",
-                found=str(error.orig),
-                remedy="publish again",
-            ) from None
+        chosen = adapter.files if whole else publishable_files(adapter)
+        for attempt in range(ATTEMPTS):  # two publishers at a time, or a collection, may be in each other's way
+            files = self._store_files(chosen, progress)
+            digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
+            said = list(warnings)
+            try:
+                with session_scope(self._engine, writes=True) as session:
+                    require_blobs(session, self._store, {entry.name: entry.sha256 for entry in files})
+                    result = self._insert(
+                        session, (namespace, short), wanted, digest, files, adapter, claim, card,
+                        license, tags, description, private, said,
+                    )  # fmt: skip
+                    return result.model_copy(update={"advice": tuple(advice)})
+            except CollectedError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except DatabaseIntegrityError as error:
+                found = str(error.orig)
+        raise VersionTakenError(
+            f"{namespace}/{short}: other publishers took its versions at the same moment, {ATTEMPTS} times",
+            expected="a free version",
+            found=found,
+            remedy="publish again",
+        )
 
     def _claim(
         self,
@@ -346,7 +357,8 @@ class Publishing:
         namespace, short = name
         require_role(session, namespace, Role.PUBLISHER)
         refuse_quarantined(session, digest, f"{namespace}/{short}")
-        owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
+        wanted_name = (AdapterRow.namespace == namespace, AdapterRow.name == short)
+        owner = session.scalar(select(AdapterRow).where(*wanted_name).with_for_update(of=AdapterRow))
         if owner is None:
             if session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == f"{namespace}/{short}")):
                 raise NameTakenError(
@@ -355,7 +367,13 @@ class Publishing:
                     found="a base of that name",
                     remedy="publish under another --name",
                 )
-            owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
+            own = (RepositoryRow.namespace == namespace, RepositoryRow.name == short)
+            repository = session.scalar(select(RepositoryRow).where(*own))
+            if private is None:
+                private = repository is not None and repository.private
+            elif repository is not None:
+                repository.private = private
+            owner = AdapterRow(namespace=namespace, name=short, private=private)
             session.add(owner)
             session.flush()
         elif private not in (None, owner.private):

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from composer.adapters import open_adapter
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
 from composer.files import FileSet, refuse_pickles
-from composer.sinks import storage_errors
+from composer.sinks import fsync_tree, storage_errors
 from registry.access import Role
 from registry.claims import read_card
 from registry.db import session_scope
@@ -32,6 +32,7 @@ from registry.models import BaseModelRow, CommitFileRow, CommitRow, RefRow, Repo
 from registry.names import DEFAULT_NAMESPACE
 from registry.pushes import CARD, CONFIG, Holding, base_reference, complete_card, complete_config, holding
 from registry.schemas import FileInfo
+from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
@@ -39,7 +40,17 @@ from registry.services.repositories import MAIN, Located, Snapshot, commit_id, l
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
-__all__ = ["Operation", "Pushed", "Pushing", "Put", "Remove", "keep_commit", "namespace_of", "own_repository"]
+__all__ = [
+    "Operation",
+    "Pushed",
+    "Pushing",
+    "Put",
+    "Remove",
+    "keep_commit",
+    "namespace_of",
+    "own_repository",
+    "private_base",
+]
 
 MAX_FILES = 10_000
 
@@ -126,6 +137,7 @@ class Pushing:
                 found = _at_branch(session, place, branch).commit
                 if found not in (before.commit, oid):
                     raise _stale(name, before.commit, found)
+                require_blobs(session, self._store, {path: file.sha256 for path, file in outcome.files.items()})
                 repository = own_repository(session, place)
                 row = keep_commit(session, repository, oid, outcome.files, before.commit, title, message)
                 row.version_id, row.base_id = self._nouns(session, name, outcome)
@@ -184,7 +196,7 @@ class Pushing:
         return files
 
     def _entry(self, item: Put) -> FileInfo:
-        if not self._store.holds(item.sha256):
+        if not self._store.keep(item.sha256):
             raise CorruptFileError(
                 f"the bytes of {item.path} were not uploaded",
                 expected=f"sha256 {item.sha256}",
@@ -204,6 +216,8 @@ class Pushing:
         if kind is Holding.ADAPTER and place.base is None:
             return self._publish_adapter(place.name, files, None)
         if kind is Holding.BASE and place.adapter is None:
+            if place.private:
+                raise private_base(place.name)
             folder = self._link(paths)
             try:
                 base = self._publishing.add_pushed_base(folder, place.name)
@@ -281,6 +295,7 @@ class Pushing:
                     os.link(path, place)
                 except OSError:  # another file system
                     shutil.copyfile(path, place)
+            fsync_tree(folder.parent)
         return folder
 
     @staticmethod
@@ -315,12 +330,22 @@ def namespace_of(place: Located) -> str:
     return place.name.rpartition("/")[0] or DEFAULT_NAMESPACE
 
 
+def private_base(name: str) -> PolicyError:
+    """The failure of a whole model in a private repository: a fingerprint names one base for everybody."""
+    return PolicyError(
+        f"{name} would be a private base model: only adapters can be private",
+        expected="an adapter, or a public repository",
+        found="a whole model",
+        remedy="make the repository public, or push the difference to its base ('registry delta make')",
+    )
+
+
 def own_repository(session: Session, place: Located) -> RepositoryRow:
     """The row of a repository, made where an adapter or a base had none."""
     if place.repository is not None:
         return place.repository
     namespace, _, name = place.name.rpartition("/")
-    row = RepositoryRow(namespace=namespace, name=name)
+    row = RepositoryRow(namespace=namespace, name=name, private=place.private)
     session.add(row)
     session.flush()
     return row

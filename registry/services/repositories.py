@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -55,7 +55,10 @@ MAX_HISTORY = 1000
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a repository holds at one revision; a draft has neither `version` nor `base`."""
+    """What a repository holds at one revision; a draft has neither `version` nor `base`.
+
+    private: whether only members of its namespace see it. downloads: of all versions.
+    """
 
     repository: str
     commit: str
@@ -63,6 +66,8 @@ class Snapshot:
     created_at: datetime | None = None
     version: VersionInfo | None = None
     base: BaseInfo | None = None
+    private: bool = False
+    downloads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,11 @@ class Located:
     adapter: AdapterRow | None
     base: BaseModelRow | None
 
+    @property
+    def private(self) -> bool:
+        """Whether only members of its namespace see it."""
+        return self.adapter.private if self.adapter else bool(self.repository and self.repository.private)
+
 
 def commit_id(files: Iterable[FileInfo]) -> str:
     """The 40 hex digits that name these files: of an adapter's version, the first of its digest."""
@@ -114,16 +124,9 @@ def locate(session: Session, name: str) -> Located:
     repository = session.scalar(
         select(RepositoryRow).where(RepositoryRow.namespace == namespace, RepositoryRow.name == short)
     )
-    if base is None and adapter is None and (repository is None or _is_hidden(session, namespace, short)):
+    if base is None and adapter is None and repository is None:
         raise _no_repository(name)
     return Located(name if base else f"{namespace}/{short}", repository, adapter, base)
-
-
-def _is_hidden(session: Session, namespace: str, name: str) -> bool:
-    """Whether an adapter of that name is there and not for the eyes of who asks; its drafts are not either."""
-    table = AdapterRow.__table__
-    same = (table.c.namespace == namespace, table.c.name == name)
-    return session.scalar(select(table.c.id).where(*same)) is not None
 
 
 def _no_repository(name: str) -> RepositoryNotFoundError:
@@ -137,7 +140,11 @@ def _no_repository(name: str) -> RepositoryNotFoundError:
 
 def snapshot_at(session: Session, place: Located, revision: str | None) -> Snapshot:
     """The files of a repository at a revision. Raises RevisionNotFoundError or VersionNotFoundError."""
-    revision = revision or MAIN
+    found = _snapshot_at(session, place, revision or MAIN)
+    return replace(found, private=place.private, downloads=place.adapter.downloads if place.adapter else 0)
+
+
+def _snapshot_at(session: Session, place: Located, revision: str) -> Snapshot:
     if revision == MAIN:
         return _head(session, place)
     if place.repository and (row := _ref(session, place.repository, revision)):

@@ -70,6 +70,7 @@ class _Run:
 
     def run(self, kind: str, request: dict[str, Any], owner: str) -> None:
         """Do the work and write down how it ended."""
+        started = time.monotonic()
         self._beats.start()
         ended: dict[str, Any] = {"finished_at": now()}
         # What its owner may do was asked when it was submitted; the audit log is to name the owner.
@@ -97,6 +98,9 @@ class _Run:
             self._over.set()
             self._beats.join()
         ended["finished_at"] = ended["finished_at"] and now()
+        ms, code = round((time.monotonic() - started) * 1000), ended.get("error", {}).get("code")
+        fields = {"job": self._job_id, "kind": kind, "state": ended["state"], "subject": owner, "ms": ms, "error": code}
+        log.info("job %s (%s) is %s", self._job_id, kind, ended["state"], extra={"fields": fields})
         if not self._write(worker=None, lease_until=None, step="", **ended):
             log.warning("job %s went on elsewhere; what was done here is not counted", self._job_id)
 

@@ -82,7 +82,7 @@ def assemble(file: ShardFile, xorbs: XorbStore, store: LocalStore, limit: int) -
 
     Raises CorruptFileError when its bytes are not those that the shard states, NotFoundError when a xorb is missing.
     """
-    if store.holds(file.sha256):
+    if store.keep(file.sha256):
         return
     if file.size > limit:
         raise UsageError("the file is too large", expected=f"at most {limit} bytes", found=file.size)

@@ -25,7 +25,7 @@ import numpy as np
 from blake3 import blake3
 
 from composer.errors import CorruptFileError, NotFoundError, UsageError
-from composer.sinks import fsync_folder, storage_errors
+from composer.sinks import fsync_folder, make_folder, storage_errors
 from registry.store.layout import Layout
 
 __all__ = ["MAX_XORB", "XorbStore", "hash_text", "xorb_hash"]
@@ -75,7 +75,7 @@ class XorbStore:
                     os.fsync(descriptor)
                 if found != name:
                     raise CorruptFileError("the chunks are not those of the xorb", expected=name, found=found)
-                place.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(place.parent)
                 os.replace(aside, place)
                 fsync_folder(place.parent)
             finally:

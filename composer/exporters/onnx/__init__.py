@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.bottlenecks import BUNDLE
-from composer.errors import NotFoundError, OnnxVerificationError
+from composer.errors import NotFoundError
 from composer.exporters.onnx import bind, graph_cache, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.bottlenecks import insert_bottlenecks
@@ -114,7 +114,7 @@ def export_onnx(
         say(f"verify {architecture.name} in ONNX Runtime against torch")
         result = verify.verify(folder, aside, architecture)
         os.replace(aside, folder / MODEL_FILE)
-    except OnnxVerificationError:
+    except Exception:
         (folder / MODEL_FILE).unlink(missing_ok=True)
         raise
     finally:

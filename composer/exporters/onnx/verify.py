@@ -154,8 +154,9 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     live = LiveModel(module, folder, architecture.output)
     session = open_session(model_path)
     longest = _longest(module.config) - live.tokens
-    texts = _text_prompts(folder, module.config, longest)
-    randoms = _random_prompts(module.config, longest)
+    tokenizer = _tokenizer(folder)
+    texts = _text_prompts(tokenizer, module.config, longest)
+    randoms = _random_prompts(tokenizer, module.config, longest)
     run = _check_causal if architecture.is_causal else _check_encoder
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
@@ -168,13 +169,22 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
         batches.append(("random ids, prefill in two parts", randoms, {"parts": 2}))
     compared = []
     for name, rows, options in batches:
-        item = run(session, live, architecture, rows, **options)
+        try:
+            item = run(session, live, architecture, rows, **options)
+        except Exception as error:
+            raise OnnxVerificationError(
+                f"onnx: {name}: the exported graph cannot be compared: {type(error).__name__}: {error}",
+                expected="a pass of torch and one of ONNX Runtime over the same ids",
+                found=type(error).__name__,
+                remedy="export safetensors instead, or report the configuration that failed",
+                checks=[item.facts for item in compared],
+            ) from error
         compared.append(replace(item, facts={"check": name, "rows": len(rows), **item.facts}))
     return compared, live
 
 
 def _check_causal(
-    session: Any, live: LiveModel, _architecture: Architecture, rows: list[list[int]], parts: int = 1
+    session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> _Compared:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
@@ -196,13 +206,13 @@ def _check_causal(
         part, past = forward(session, token, mask, past)
         logits.append(part)
     got = np.concatenate(logits, axis=1)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    inputs: dict[str, Any] = {"use_cache": False}
+    if "position_ids" in architecture.inputs:
+        inputs["position_ids"] = torch.from_numpy(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
 
     def whole(model: LiveModel) -> np.ndarray:
         with torch.no_grad():
-            return model(
-                torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
-            )["logits"].numpy()
+            return model(torch.from_numpy(ids), torch.from_numpy(mask), **inputs)["logits"].numpy()
 
     expected = whole(live)
     tokens = np.concatenate([ids[:, length:], token], axis=1)
@@ -280,13 +290,19 @@ def _longest(config: Any) -> int:
     return (getattr(config, "max_position_embeddings", None) or 512) - NEW_TOKENS - 2
 
 
-def _text_prompts(folder: Path, config: Any, longest: int) -> list[list[int]]:
-    """The fixed prompts through the folder's tokenizer and chat template; none when the folder has no tokenizer."""
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None when it has none."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _text_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:
+    """The fixed prompts through the tokenizer and its chat template; none without a tokenizer."""
+    if tokenizer is None:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     rows = []
     for prompt in PROMPTS:
         chat = bool(getattr(tokenizer, "chat_template", None))
@@ -306,8 +322,11 @@ def _text_prompts(folder: Path, config: Any, longest: int) -> list[list[int]]:
     return [row for row in rows if row]
 
 
-def _random_prompts(config: Any, longest: int) -> list[list[int]]:
-    """Seeded ids from the whole vocabulary without the padding id; the last row crosses a small sliding window."""
+def _random_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:
+    """Seeded ids that the tokenizer knows, or all without one, but not the padding's.
+
+    The last row crosses a small sliding window.
+    """
     import numpy as np
 
     lengths = [5, 9, 12]
@@ -317,4 +336,6 @@ def _random_prompts(config: Any, longest: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
     padding = getattr(config, "pad_token_id", None)
     allowed = np.setdiff1d(np.arange(config.vocab_size), [-1 if padding is None else padding])
+    if tokenizer is not None:
+        allowed = np.intersect1d(allowed, list(tokenizer.get_vocab().values()))
     return [generator.choice(allowed, max(1, min(length, longest))).tolist() for length in lengths]

@@ -48,7 +48,7 @@ def batch(request: Request, repository: RepositoryId, body: Batch, registry: Reg
         answer: dict[str, Any] = {"oid": item.oid, "size": item.size}
         if item.size > limit:
             answer["error"] = {"code": 413, "message": too_large(limit, item.size).message}
-        elif not registry.store.holds(item.oid):
+        elif not registry.store.keep(item.oid):
             signed = request.app.state.signer.query("lfs", item.oid, item.size)
             href = f"{request.base_url}lfs/{item.oid}?size={item.size}&{signed}"
             answer["actions"] = {"upload": {"href": href, "header": {}}}

@@ -36,12 +36,22 @@ def describe(repositories: Repositories, snapshot: Snapshot) -> dict[str, Any]:
     siblings = [
         {"rfilename": name, **_sizes(repositories, snapshot, file)} for name, file in sorted(snapshot.files.items())
     ]
-    info = model(snapshot.repository, snapshot.commit, snapshot.created_at, snapshot.version or snapshot.base)
+    noun = snapshot.version or snapshot.base
+    info = model(
+        snapshot.repository, snapshot.commit, snapshot.created_at, noun,
+        private=snapshot.private, downloads=snapshot.downloads,
+    )  # fmt: skip
     return {**info, "cardData": card or None, "siblings": siblings}
 
 
 def model(
-    repository: str, commit: str | None, changed: datetime | None, noun: VersionInfo | BaseInfo | None
+    repository: str,
+    commit: str | None,
+    changed: datetime | None,
+    noun: VersionInfo | BaseInfo | None,
+    *,
+    private: bool,
+    downloads: int,
 ) -> dict[str, Any]:
     """What a listing shows of a repository."""
     library = "peft" if isinstance(noun, VersionInfo) else "transformers" if noun else None
@@ -53,10 +63,10 @@ def model(
         "sha": commit,
         "lastModified": time(changed),
         "createdAt": time(noun.created_at if noun else changed),
-        "private": False,
+        "private": private,
         "gated": False,
         "disabled": False,
-        "downloads": 0,
+        "downloads": downloads,
         "likes": 0,
         "library_name": library,
         "tags": tags_of(noun),

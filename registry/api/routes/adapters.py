@@ -16,6 +16,7 @@ from registry.api.deps import (
     Limit,
     Registered,
     VersionQuery,
+    count_download,
     file_response,
     require,
     version_ref,
@@ -29,7 +30,6 @@ router = APIRouter(tags=["adapters"])
 
 PUBLISH = [Depends(require(Scope.PUBLISH))]
 ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
-WEIGHTS = (".safetensors", ".npz")
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -232,6 +232,5 @@ def download(
             found=filename,
         )
     path = registry.version_files(f"{info.name}@{info.digest}")[filename]
-    if filename.endswith(WEIGHTS) and "range" not in request.headers:
-        registry.count_download(info)
+    count_download(request, registry, info, filename)
     return file_response(request, path, filename, entry.sha256)

@@ -24,7 +24,20 @@ COMPOSE = [Depends(require(Scope.COMPOSE))]
 LOOK_S = 0.25
 KEEP_ALIVE_S = 15.0
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events `job`, then `end`"}
+    200: {
+        "description": "events `job`, then `end`",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "event": {"enum": ["job", "end"]},
+                        "data": {"type": "string", "contentMediaType": "application/json"},
+                    },
+                }
+            }
+        },
+    }
 }
 
 
