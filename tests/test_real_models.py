@@ -237,10 +237,10 @@ def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
 @pytest.mark.parametrize(
     ("config", "options", "ref"),
     [
-        ("PromptEncoderConfig", {"encoder_hidden_size": 64}, "test/soft"),
-        ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}, "test/soft#1"),
+        ("PromptEncoderConfig", {"encoder_hidden_size": 64}, "test/p-tuning"),
+        ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}, "test/multitask#1"),
         ("CPTConfig", {"cpt_token_ids": [28, 30, 47, 198], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]},
-         "test/soft"),
+         "test/cpt"),
     ],
 )  # fmt: skip
 def test_each_kind_of_soft_prompt_is_words_of_smollm2(
@@ -260,7 +260,7 @@ def test_each_kind_of_soft_prompt_is_words_of_smollm2(
         if parameter.requires_grad:
             parameter.data += 0.1 * rows.std() * torch.randn_like(parameter)
     live.save_pretrained(tmp_path / "soft")
-    opened.publish(tmp_path / "soft", name="test/soft", version="1.0.0", base="smollm2")
+    opened.publish(tmp_path / "soft", name=ref.split("#")[0], version="1.0.0", base="smollm2")
     opened.compose(parse_recipe(f"smollm2+{ref}", dtype=Dtype.FP32), tmp_path / "out")
     words = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     task = {"task_ids": torch.tensor([1])} if "#" in ref else {}
