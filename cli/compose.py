@@ -1,4 +1,4 @@
-"""Recipes: plan, compose, undo; and inspect, which looks at what came of them."""
+"""Recipes: plan, compose, append, undo; and inspect, which looks at what came of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from cli.options import ALLOW, DTYPES, EXPORTS, PRECISIONS, Settings, common_options, pass_settings
+from cli.options import (
+    ALLOW,
+    COMPUTE,
+    DTYPES,
+    EXPORTS,
+    FLAVOURS,
+    ONNX_QUANTISE,
+    PRECISIONS,
+    Settings,
+    common_options,
+    pass_settings,
+)
 from cli.output import emit
+from composer.errors import UsageError
 
 if TYPE_CHECKING:
     from composer.recipe import Recipe
@@ -58,7 +70,45 @@ def recipe_options(command: F) -> F:
         "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
     )(command)
     command = click.option(
+        "--multi",
+        "placement",
+        flag_value="multi",
+        help="With --export onnx: one graph of the base with all adapters in it, chosen for each row of a batch.",
+    )(command)
+    command = click.option(
+        "--separate",
+        "placement",
+        flag_value="separate",
+        default="merged",
+        help="With --export onnx: one graph of the base, and a file for each adapter that a session activates.",
+    )(command)
+    command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
+    )(command)
+    command = click.option(
+        "--min-agreement",
+        type=click.FloatRange(0, 1),
+        default=0.5,
+        show_default=True,
+        metavar="SHARE",
+        help="How often a graph that rounds must choose torch's token.",
+    )(command)
+    command = click.option(
+        "--onnx-quantise", type=click.Choice(ONNX_QUANTISE), help="Of an ONNX graph: its matrices, in blocks of 32."
+    )(command)
+    command = click.option(
+        "--compute",
+        type=click.Choice(COMPUTE),
+        default="fp32",
+        show_default=True,
+        help="Of an ONNX graph: what it computes in.",
+    )(command)
+    command = click.option(
+        "--flavour",
+        type=click.Choice(FLAVOURS),
+        default="portable",
+        show_default=True,
+        help="Of an ONNX graph: standard operators, or what onnxruntime-genai reads.",
     )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
     command = click.option(
@@ -82,15 +132,26 @@ def recipe_options(command: F) -> F:
 
 def to_recipe(text: str, parameters: tuple[str, ...], **words: Any) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
-    from composer.recipe import Allow, BasePrecision, Dtype, Export, load_recipe, parse_recipe
+    from composer import recipe
 
-    enums = {"dtype": Dtype, "export": Export, "allow": Allow, "base_precision": BasePrecision}
-    words = {name: enums[name](word) if name in enums else word for name, word in words.items()}
+    enums = {
+        "dtype": recipe.Dtype,
+        "export": recipe.Export,
+        "placement": recipe.Placement,
+        "flavour": recipe.Flavour,
+        "compute": recipe.Compute,
+        "onnx_quantise": recipe.OnnxQuantise,
+        "allow": recipe.Allow,
+        "base_precision": recipe.BasePrecision,
+    }
+    words = {name: enums[name](word) if name in enums and word else word for name, word in words.items()}
     words["parameters"] = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
         source = click.get_current_context().get_parameter_source
-        return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
-    return parse_recipe(text, **words)
+        return recipe.load_recipe(
+            Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE}
+        )
+    return recipe.parse_recipe(text, **words)
 
 
 def _pair(text: str) -> tuple[str, float | str]:
@@ -119,6 +180,10 @@ def default_out(recipe: Recipe) -> Path:
         name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
+    export += "" if recipe.placement.value == "merged" else f"-{recipe.placement.value}"
+    export += "" if recipe.flavour.value == "portable" else f"-{recipe.flavour.value}"
+    export += "" if recipe.compute.value == "fp32" else f"-{recipe.compute.value}"
+    export += "" if recipe.onnx_quantise is None else f"-{recipe.onnx_quantise.value}"
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
     rank = "" if recipe.rank is None else f"-r{recipe.rank}"
     precision = "-original" if recipe.base_precision.value == "original" else ""
@@ -158,6 +223,7 @@ def plan(settings: Settings, recipe: str, **words: Any) -> None:
     type=click.Path(path_type=Path),
     help="A plain text: its perplexity before and after goes into composition.json.",
 )
+@click.option("--publish", metavar="NAME", help="Make the result a base of that name; with --export peft an adapter.")
 @common_options
 @pass_settings
 def compose(
@@ -168,17 +234,26 @@ def compose(
     accept_licences: bool,
     queue: bool,
     probe: Path | None,
+    publish: str | None,
     **words: Any,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
     RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
-    YAML file that may give weights by module. The folder appears whole or not at all.
+    YAML file that may give weights by module. The folder appears whole or not at all. What is published is loaded by
+    its name from 'registry serve'; 'registry jobs publish' publishes what was queued.
     """
     from cli.views import composition_block, job_block
 
     wanted = to_recipe(recipe, **words)
     if queue:
+        if publish is not None:
+            raise UsageError(
+                "a queued composition is published once it is done",
+                expected="--queue or --publish",
+                found="both",
+                remedy="registry jobs publish JOB NAME",
+            )
         from registry.api.rules import refuse_paths
 
         job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences, probe=_text(probe))
@@ -192,6 +267,7 @@ def compose(
             replace=force,
             accept_licences=accept_licences,
             probe=_text(probe),
+            publish=publish,
             progress=progress,
         )
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
@@ -232,6 +308,41 @@ def undo(settings: Settings, folder: Path, adapters: tuple[str, ...], out: Path,
 
 
 @click.command()
+@click.argument("folder", metavar="COMPOSED", type=click.Path(path_type=Path))
+@click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
+@click.option(
+    "--allow",
+    type=click.Choice(ALLOW),
+    default="same-values",
+    show_default=True,
+    help="The weakest compatibility to accept.",
+)
+@click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
+@common_options
+@pass_settings
+def append(settings: Settings, folder: Path, adapters: tuple[str, ...], allow: str, accept_licences: bool) -> None:
+    """Add adapters to the graph in COMPOSED, which was composed with --export onnx --multi.
+
+    ADAPTER is written as in a recipe. What is there is not touched: vectors are added at the end of their files, and
+    the new adapters take the next numbers. The files are then those of composing all at once.
+    """
+    from cli.views import composition_block
+    from composer.recipe import Allow
+    from registry.appending import append as add
+
+    with settings.progress() as progress:
+        result = add(
+            settings.registry,
+            folder,
+            adapters,
+            allow=Allow(allow),
+            accept_licences=accept_licences,
+            progress=progress,
+        )
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
 @click.argument("ref", metavar="REF|PATH")
 @common_options
 @pass_settings
@@ -247,4 +358,4 @@ def inspect(settings: Settings, ref: str) -> None:
     emit(settings, facts, lambda: inspection(facts), lambda: name)
 
 
-COMMANDS = {"plan": plan, "compose": compose, "undo": undo, "inspect": inspect}
+COMMANDS = {"plan": plan, "compose": compose, "append": append, "undo": undo, "inspect": inspect}

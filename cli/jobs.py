@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging.config
+import os
 import signal
-import threading
 from functools import partial
 
 import click
@@ -12,9 +12,12 @@ import click
 from cli.listing import collect, limit_option
 from cli.options import JOB_STATES, LOG_FORMATS, Settings, common_options, pass_settings
 from cli.output import emit
+from cli.service import end_now
 from composer.errors import UsageError
 
 __all__ = ["COMMANDS"]
+
+STOP_S = 10.0  # how long a block may take before what runs it is left behind
 
 
 @click.group()
@@ -57,12 +60,25 @@ _job_command("cancel", "cancel_job", "Cancel a job that waits or runs; a running
 _job_command("retry", "retry_job", "Queue a failed or cancelled job again.")
 
 
+@jobs.command("publish")
+@click.argument("job")
+@click.argument("name")
+@common_options
+@pass_settings
+def publish_job(settings: Settings, job: str, name: str) -> None:
+    """Make what a compose made the base NAME; with --export peft the adapter NAME. Prints the job that does it."""
+    from cli.views import job_block
+
+    info = settings.registry.submit_publication(job, name)
+    emit(settings, info, lambda: job_block(info), lambda: info.id)
+
+
 @click.command()
 @click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Jobs at a time.")
 @click.option("--drain", is_flag=True, help="Stop when no job waits.")
 @click.option(
     "--lease",
-    type=click.FloatRange(min=0.5),
+    type=click.FloatRange(0.5, 3600),
     metavar="SECONDS",
     default=30.0,
     show_default=True,
@@ -80,8 +96,8 @@ _job_command("retry", "retry_job", "Queue a failed or cancelled job again.")
 def worker(settings: Settings, slots: int, drain: bool, lease: float, log_format: str) -> None:
     """Run jobs of the registry on this machine until interrupted.
 
-    Any number of workers may run, on any machine that reaches the database and REGISTRY_HOME. A worker that is killed
-    loses its job to another one when the lease ends.
+    Any number of workers may run, on any machine that reaches the database and REGISTRY_HOME. SIGTERM and Ctrl-C give
+    back what runs; a worker that is killed loses its job to another one when the lease ends.
     """
     if settings.url:
         raise UsageError("a worker runs where the registry lies", expected="no --url", found=settings.url)
@@ -93,18 +109,21 @@ def worker(settings: Settings, slots: int, drain: bool, lease: float, log_format
     local = settings.open_local()
     try:
         running = Worker(local, slots=slots, lease_s=lease)
-        done = threading.Event()
+        # A pipe and no event: a handler runs between two steps of the waiting thread, which may hold the event's lock.
+        told, tell = os.pipe()
         for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: (running.stopping.set(), done.set()))
+            signal.signal(name, lambda *_: running.stopping.set() if drain else os.write(tell, b"."))
         click.echo(running.name, err=settings.format == "quiet")
         if drain:
             running.drain()
             return
         running.start()
-        done.wait()
-        running.stop()
+        os.read(told, 1)
+        left_behind = not running.stop(STOP_S)
     finally:
         local.close()
+    if left_behind:
+        end_now()
 
 
 COMMANDS = {"jobs": jobs, "worker": worker}

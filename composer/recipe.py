@@ -37,9 +37,13 @@ __all__ = [
     "AdapterTerm",
     "Allow",
     "BasePrecision",
+    "Compute",
     "Dtype",
     "Export",
+    "Flavour",
     "ModuleWeight",
+    "OnnxQuantise",
+    "Placement",
     "Recipe",
     "Value",
     "is_path",
@@ -72,6 +76,36 @@ class Export(StrEnum):
     ONNX = "onnx"
     BUNDLE = "bundle"
     PEFT = "peft"
+
+
+class Placement(StrEnum):
+    """Where adapters go: into the weights, into files that a session activates, or into one graph, row by row."""
+
+    MERGED = "merged"
+    SEPARATE = "separate"
+    MULTI = "multi"
+
+
+class Flavour(StrEnum):
+    """The operators of an ONNX graph: standard ones, or those that onnxruntime-genai reads."""
+
+    PORTABLE = "portable"
+    GENAI = "genai"
+
+
+class Compute(StrEnum):
+    """What an ONNX graph computes in, whatever its weights are stored in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class OnnxQuantise(StrEnum):
+    """What the matrices of an ONNX graph become."""
+
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Allow(StrEnum):
@@ -149,7 +183,14 @@ class Recipe(_Model):
     parameters: dict[str, Value] = Field(default_factory=dict)
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    placement: Placement = Field(default=Placement.MERGED, description="of the adapters in an ONNX export")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
+    flavour: Flavour = Field(default=Flavour.PORTABLE, description="of an ONNX graph")
+    compute: Compute = Field(default=Compute.FP32, description="what an ONNX graph computes in")
+    onnx_quantise: OnnxQuantise | None = Field(default=None, description="what the matrices of an ONNX graph become")
+    min_agreement: float = Field(
+        default=0.5, ge=0, le=1, description="the share of tokens that an ONNX graph which rounds must choose as torch"
+    )
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
     base_precision: BasePrecision = BasePrecision.QUANTISED
@@ -184,6 +225,8 @@ def parse_recipe(text: str, **settings: Any) -> Recipe:
 
     Raises RecipeError that points at the part which is wrong.
     """
+    if text != (readable := text.encode("utf-8", "replace").decode()):
+        raise _bad(readable, "text in UTF-8", readable)
     base, *terms = text.split("+")
     if not base.strip() or base != base.strip():
         raise _bad(text, "a base model first", base)
@@ -197,17 +240,17 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises RecipeError when the file cannot be read or a field is unknown, missing or of another type.
     """
-    import yaml
+    from composer.safe_yaml import load_yaml
 
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = load_yaml(path.read_text(encoding="utf-8"))
         if isinstance(fields.get("adapters"), list):
             fields["adapters"] = [_file_term(term) for term in fields["adapters"]]
         return Recipe.model_validate({**fields, **(changes or {})})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (OSError, UnicodeError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         found = " ".join(str(error).split())
     raise RecipeError(
         f"cannot read the recipe in {path}: {found}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.plan import Plan, Term, make_plan
-from composer.recipe import AdapterTerm, Dtype, Export, Recipe
+from composer.recipe import AdapterTerm, Dtype, Export, Placement, Recipe
 from composer.run import Outcome, compose
 from composer.tensors import DTYPES, encode_header, read_header
 
@@ -94,6 +95,7 @@ def plan_folders(
     export: Export = Export.SAFETENSORS,
     task: int | None = None,
     untie: bool = False,
+    placement: Placement = Placement.MERGED,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
     terms = [Term(path.name, open_adapter(path), weight, task=task) for path, weight in adapters]
@@ -104,6 +106,7 @@ def plan_folders(
         method=method,
         export=export,
         untie=untie,
+        placement=placement,
     )
     return make_plan(recipe, open_checkpoint(base), terms)
 
@@ -113,6 +116,18 @@ def compose_folders(
 ) -> Outcome:
     """Compose into `out`."""
     return compose(plan_folders(base, adapters, dtype=dtype, untie=untie), out)
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit, and put the times back, as a disk does that loses one."""
+    stat = path.stat()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def test_live_merged_and_onnx_agree_on_ten_prompts(opened: LocalRegistry, smollm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from composer.exporters.onnx.session import generate, open_session
+    from composer.running import answer, open_runnable
 
     out = tmp_path / "out"
     composed = opened.compose(parse_recipe("smollm2+team/shout", dtype=Dtype.FP32, export=Export.ONNX), out)
@@ -150,6 +151,12 @@ def test_live_merged_and_onnx_agree_on_ten_prompts(opened: LocalRegistry, smollm
         tokens = generate(session, ids.numpy(), np.ones((1, count), np.int64), NEW_TOKENS, [2])
         assert list(tokens[0]) == expected_tokens
     assert composed.record["export"]["max_abs_diff"] <= composed.record["export"]["tolerance"]
+    runnable = open_runnable(out)
+    for prompt, expected_tokens in zip(PROMPTS, live_tokens, strict=True):
+        *pieces, found = answer(runnable, prompt, max_new_tokens=NEW_TOKENS)
+        assert list(found.tokens) == expected_tokens
+        spelled = runnable.tokenizer.decode(expected_tokens, skip_special_tokens=True)
+        assert "".join(piece.text for piece in pieces) == found.text == spelled
 
 
 def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
@@ -163,6 +170,7 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from composer.exporters.onnx.session import forward, generate, open_session
+    from composer.running import answer, open_runnable
 
     for export in (Export.SAFETENSORS, Export.ONNX):
         opened.compose(parse_recipe("smollm2+team/pirate", dtype=Dtype.FP32, export=export), tmp_path / export)
@@ -170,11 +178,12 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
         AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), EXAMPLES / "adapters" / "pirate"
     ).eval()
     words = AutoModelForCausalLM.from_pretrained(tmp_path / "safetensors", dtype=torch.float32)
+    runnable = open_runnable(tmp_path / "onnx")
     session = open_session(tmp_path / "onnx" / "model.onnx")
     prompts = prompt_ids(AutoTokenizer.from_pretrained(smollm2))[:3]
     with_words = prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "safetensors"))[:3]
     with torch.inference_mode():
-        for ids, given in zip(prompts, with_words, strict=True):
+        for text, ids, given in zip(PROMPTS, prompts, with_words, strict=False):
             assert given[0, 16:].tolist() == ids[0].tolist()
             mask = np.ones((1, ids.shape[1]), np.int64)
             expected = live(input_ids=ids, attention_mask=torch.from_numpy(mask)).logits[0, 16:]
@@ -192,6 +201,8 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
             )
             assert found[0, given.shape[1] :].tolist() == tokens.tolist()
             assert generate(session, ids.numpy(), mask, 32, [2])[0].tolist() == tokens.tolist()
+            *_, said = answer(runnable, text, max_new_tokens=32)
+            assert list(said.tokens) == tokens.tolist()
 
 
 def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
@@ -260,7 +271,7 @@ def test_each_kind_of_soft_prompt_is_words_of_smollm2(
         if parameter.requires_grad:
             parameter.data += 0.1 * rows.std() * torch.randn_like(parameter)
     live.save_pretrained(tmp_path / "soft")
-    opened.publish(tmp_path / "soft", name=ref.split("#")[0], version="1.0.0", base="smollm2")
+    opened.publish(tmp_path / "soft", name=ref.split("#", maxsplit=1)[0], version="1.0.0", base="smollm2")
     opened.compose(parse_recipe(f"smollm2+{ref}", dtype=Dtype.FP32), tmp_path / "out")
     words = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     task = {"task_ids": torch.tensor([1])} if "#" in ref else {}

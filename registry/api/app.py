@@ -5,10 +5,10 @@ POST GET      /api/v1/bases                         GET /bases/{[namespace/]name
 POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
-POST          /api/v1/plans   /compositions
+POST          /api/v1/plans   /compositions   /imports
 POST          /api/v1/bases/{name}/verifications
 GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/events   /jobs/{id}/files/{filename}
-POST          /api/v1/jobs/{id}/retry
+POST          /api/v1/jobs/{id}/retry   …/publication
 POST GET      /api/v1/tokens                        DELETE /tokens/{id}
 GET           /api/v1/namespaces                    PUT DELETE /namespaces/{namespace}/members/{subject}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/versions/{version}/yank   …/deprecation   …/quarantine
@@ -18,7 +18,6 @@ GET           /api/v1/audit   /whoami   /doctor     POST /collections
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -51,8 +50,6 @@ MAX_UPLOAD_BYTES = 64 << 30
 PREFIX = "/api/v1"
 STOP_S = 10.0
 
-log = logging.getLogger(__name__)
-
 
 def create_app(
     registry: LocalRegistry,
@@ -77,7 +74,7 @@ def create_app(
             yield
         finally:
             app.state.closing.set()
-            app.state.left_behind = not await run_in_threadpool(_stop, jobs)
+            app.state.left_behind = not await run_in_threadpool(jobs.stop, STOP_S)
 
     app = _Application(
         title="Adapter registry",
@@ -118,14 +115,3 @@ class _Application(FastAPI):
         made = self.openapi_schema is not None
         found: dict[str, Any] = super().openapi()
         return found if made else add_examples(found)
-
-
-def _stop(jobs: JobService) -> bool:
-    """Ask the worker to stop. One deep in a long step is left behind; its job is taken up at the next start."""
-    stopper = threading.Thread(target=jobs.stop, daemon=True)
-    stopper.start()
-    stopper.join(STOP_S)
-    if stopper.is_alive():
-        log.warning("the running job did not stop in time; it is taken up at the next start")
-        return False
-    return True

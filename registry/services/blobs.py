@@ -28,8 +28,9 @@ def require_blobs(session: Session, store: LocalStore, files: Mapping[str, str])
 
     Raises CollectedError when one is gone already.
     """
-    if session.get_bind().dialect.name == "postgresql":
-        session.connection().exec_driver_sql(f"SELECT pg_advisory_xact_lock_shared({LOCK})")
+    connection = session.connection()  # a session begins with its first use, and SQLite's lock is taken then
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock_shared({LOCK})")
     for name, sha256 in files.items():
         if not store.holds(sha256):
             raise CollectedError(
@@ -42,8 +43,9 @@ def require_blobs(session: Session, store: LocalStore, files: Mapping[str, str])
 
 def exclude_naming(session: Session) -> None:
     """Let nobody name a blob until this transaction, which must be one that writes, ends."""
-    if session.get_bind().dialect.name == "postgresql":
-        session.connection().exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+    connection = session.connection()
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
 
 
 def named_blobs(session: Session, digests: Iterable[str]) -> set[str]:

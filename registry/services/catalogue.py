@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 from sqlalchemy import Engine, func, select, tuple_, update
 from sqlalchemy.orm import Session, selectinload
@@ -17,6 +18,7 @@ from registry.errors import AdapterNotFoundError, BaseNotFoundError, VersionNotF
 from registry.models import (
     AdapterRow,
     AliasRow,
+    AttestationRow,
     BaseClosureRow,
     BaseModelRow,
     BaseTensorRow,
@@ -32,11 +34,13 @@ from registry.schemas import (
     FileInfo,
     Page,
     Relation,
+    SignatureInfo,
     VersionInfo,
     VersionState,
 )
 from registry.services.audit import record
 from registry.services.namespaces import require_role
+from registry.services.screening import screen_version
 
 __all__ = [
     "Catalogue",
@@ -99,13 +103,26 @@ def version_infos(session: Session, rows: Sequence[VersionRow]) -> list[VersionI
         aliases.setdefault(version_id, []).append(alias)
     counted = select(VersionDownloadsRow.version_id, VersionDownloadsRow.count)
     downloads = dict(session.execute(counted.where(VersionDownloadsRow.version_id.in_(ids))).tuples().all())
+    signatures: dict[int, list[SignatureInfo]] = {}
+    table = AttestationRow.__table__.c
+    signed = select(table.version_id, table.key, table.subject, table.created_at).where(table.version_id.in_(ids))
+    for version_id, key, subject, at in session.execute(signed.order_by(table.created_at, table.key)).tuples():
+        signatures.setdefault(version_id, []).append(SignatureInfo(key=key, subject=subject, created_at=at))
     return [
-        _version_info(row, bases.get(row.base_fingerprint or ""), aliases.get(row.id, []), downloads.get(row.id, 0))
+        _version_info(
+            row,
+            bases.get(row.base_fingerprint or ""),
+            aliases.get(row.id, []),
+            downloads.get(row.id, 0),
+            signatures.get(row.id, []),
+        )
         for row in rows
     ]
 
 
-def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloads: int) -> VersionInfo:
+def _version_info(
+    row: VersionRow, base: str | None, aliases: list[str], downloads: int, signatures: list[SignatureInfo]
+) -> VersionInfo:
     return VersionInfo(
         name=row.adapter.full_name,
         version=row.version,
@@ -132,6 +149,7 @@ def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloa
         successor=row.successor,
         aliases=("latest", *aliases) if row.latest else tuple(aliases),
         files=tuple(FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files),
+        signatures=tuple(signatures),
         created_at=row.created_at,
     )
 
@@ -217,16 +235,35 @@ def find_version(session: Session, ref: str, version: str | None) -> VersionRow:
     return row
 
 
-def base_facts(session: Session, row: BaseModelRow) -> BaseFacts:
-    """All that a verdict needs of a base: its shapes and its declared relatives."""
+def base_facts(session: Session, row: BaseModelRow, *, lazy: bool = False) -> BaseFacts:
+    """All that a verdict needs of a base: its shapes and its declared relatives.
+
+    lazy: the relatives, of which there may be thousands, are read when they are first asked for, within the session.
+    """
     return BaseFacts(
         name=row.name,
         fingerprint=row.fingerprint,
         value_root=row.value_root,
         config_digest=row.config_digest,
         shapes=_shapes(session, row),
-        relatives=_relatives(session, row),
+        relatives=_Relatives(session, row) if lazy else _relatives(session, row),
     )
+
+
+class _Relatives(Mapping[str, str]):
+    """The relatives of a base, read when one is asked for."""
+
+    def __init__(self, session: Session, row: BaseModelRow) -> None:
+        self._read = cache(lambda: _relatives(session, row))
+
+    def __getitem__(self, fingerprint: str) -> str:
+        return self._read()[fingerprint]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
 
 
 def _shapes(session: Session, row: BaseModelRow) -> dict[str, tuple[int, ...]]:
@@ -250,13 +287,14 @@ def _relatives(session: Session, row: BaseModelRow) -> dict[str, str]:
         (BaseClosureRow.ancestor_id, BaseClosureRow.descendant_id, True),
         (BaseClosureRow.descendant_id, BaseClosureRow.ancestor_id, False),
     ):
-        query = select(BaseModelRow, BaseClosureRow.depth).join(BaseClosureRow, theirs == BaseModelRow.id)
-        for base, depth in session.execute(query.where(own == row.id).order_by(BaseClosureRow.depth)).tuples():
-            child, parent = (row, base) if up else (base, row)
-            found[base.fingerprint] = (
-                f"{child.name} is declared as {child.relation} from {parent.name}"
+        columns = (BaseModelRow.fingerprint, BaseModelRow.name, BaseModelRow.relation, BaseClosureRow.depth)
+        query = select(*columns).join(BaseClosureRow, theirs == BaseModelRow.id).where(own == row.id)
+        for fingerprint, name, relation, depth in session.execute(query.order_by(BaseClosureRow.depth)).tuples():
+            child, how, parent = (row.name, row.relation, name) if up else (name, relation, row.name)
+            found[fingerprint] = (
+                f"{child} is declared as {how} from {parent}"
                 if depth == 1
-                else f"{child.name} is declared to descend from {parent.name}, in {depth} steps"
+                else f"{child} is declared to descend from {parent}, in {depth} steps"
             )
     return found
 
@@ -346,6 +384,12 @@ class Catalogue:
         """One version."""
         with session_scope(self._engine) as session:
             return version_info(session, find_version(session, ref, version))
+
+    def screened_version(self, ref: str, version: str | None) -> VersionInfo:
+        """One version with the scores of its screening, against what is published by now."""
+        with session_scope(self._engine) as session:
+            row = find_version(session, ref, version)
+            return version_info(session, row).model_copy(update={"screening": screen_version(session, row)})
 
     def list_versions(self, name: str, limit: int, cursor: str | None) -> Page[VersionInfo]:
         """All versions, the highest first; the cursor is the last version seen."""

@@ -2,6 +2,7 @@
 
     stored files that no version names      after the grace period
     half-written files, uploads, imports    after the grace period
+    where chunks lay, and who sent them     after the grace period, once the bytes are gone
     jobs that ended, and their outputs      after `keep_jobs`
     records of compositions                 only where `keep_records` is given: they guard what they were made of
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import Engine, delete, func, select
@@ -23,10 +24,11 @@ from composer.errors import UsageError
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.db import refresh_statistics, session_scope
-from registry.models import BaseModelRow, CompositionRow, JobRow, now
+from registry.models import BaseFileRow, BaseModelRow, CompositionRow, JobRow, now
 from registry.schemas import Collected, JobState
 from registry.services.audit import acting, record
 from registry.services.blobs import exclude_naming, named_blobs
+from registry.services.received import forget_received
 from registry.store.layout import Layout
 
 __all__ = ["Collection"]
@@ -59,6 +61,9 @@ class Collection:
                 "compositions": self._folders(self._unused_compositions(before, jobs), dry_run),
             }
             half = self._folders(self._half_written(before), dry_run)
+            self._folders(self._notes(before), dry_run)
+        if not dry_run:
+            self._forget(before)
         result = Collected(
             dry_run=dry_run,
             blobs=counts["blobs"][0],
@@ -87,6 +92,15 @@ class Collection:
                     session.execute(delete(CompositionRow).where(old))
         return jobs, records
 
+    def _forget(self, before: float) -> None:
+        """What is known of bytes that are gone: where chunks lay in them, and who sent them."""
+        from registry.store.xorbs import collect_places
+
+        with storage_errors("collecting what nothing names"):
+            collect_places(self._layout, before)
+        with session_scope(self._engine, writes=True) as session:
+            forget_received(session, self._layout, datetime.fromtimestamp(before, UTC))
+
     def _blobs(self, before: float, dry_run: bool) -> tuple[int, int]:
         count = nbytes = 0
         old = list(_older(self._layout.blobs, before, "??/*"))
@@ -100,6 +114,14 @@ class Collection:
                     size = None if path.name in named else _remove_older(path, before, dry_run)
                     count, nbytes = (count, nbytes) if size is None else (count + 1, nbytes + size)
         return count, nbytes
+
+    def _notes(self, before: float) -> Iterator[Path]:
+        """What is known of files that are neither blobs nor a base's any more: it is small, and made again."""
+        with session_scope(self._engine) as session:
+            of_bases = set(session.scalars(select(BaseFileRow.sha256)))
+        for path in _older(self._layout.chunks, before, "??/*"):
+            if path.name not in of_bases and not self._layout.blob(path.name).is_file():
+                yield path
 
     def _half_written(self, before: float) -> Iterator[Path]:
         yield from _older(self._layout.incoming, before)

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,19 @@ import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.companions import companion_files
-from composer.errors import TypedError, WeakCompatibilityError
+from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.parts import remove_dead_parts
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.probe import check_probe, probe_digest
-from composer.provenance import manifest_digest
+from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
+from composer.screening import Measurement, measure, measure_sum
+from composer.templates import chat_templates, template_diff
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
@@ -42,7 +48,7 @@ from registry.licences import assess_licences
 from registry.lifecycle import deprecation, require_usable
 from registry.models import BaseFileRow, BaseModelRow, CompositionInputRow, CompositionRow, VersionRow
 from registry.originals import difference_warning, original_error, original_reference
-from registry.preflight import plan_advice
+from registry.preflight import SUMS, plan_advice
 from registry.schemas import (
     Advice,
     CompositionInfo,
@@ -52,17 +58,25 @@ from registry.schemas import (
     PlanInfo,
     PlannedAdapter,
     Relation,
+    Screening,
     Verdict,
 )
+from registry.screening import alarms, judge
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
-from registry.services.lifecycle import refuse_quarantined
+from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
+from registry.services.screening import others, population
+from registry.store.chunks import ChunkStore
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
 __all__ = ["Compositions", "Prepared", "Resolved"]
+
+MAX_SUMMED = 16  # adapters whose factors are measured together, in memory
+RECORD = "composition.json"
+SMALL = 16 << 20  # of a file that is no shard, this much is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,20 @@ class ResolvedBase:
     chat_template: str | None
     licence: str | None
     quantised_from: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, of a registered base
+
+    def verify_heads(self, chunks: ChunkStore) -> None:
+        """Read what a plan is made of: headers and small files. Raises BlobCorruptError as `verify` does."""
+        heads = {shard.header.path: shard.header for shard in self.checkpoint.shards}
+        for name, sha256 in self.digests.items():
+            path = self.checkpoint.files[name]
+            first = next(iter(heads[path].tensors.values()), None) if path in heads else None
+            chunks.reader(path, sha256).read_at(0, first.offset if first else SMALL)
+
+    def verify(self, chunks: ChunkStore) -> None:
+        """Read every file of a registered base. Raises BlobCorruptError for one that is not what was registered."""
+        for name, sha256 in self.digests.items():
+            chunks.verify(self.checkpoint.files[name], sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +126,8 @@ class ResolvedAdapter:
     verdict: Verdict
     licence: str | None
     deprecated: str | None = None
+    adapter_id: int | None = None
+    measured: Measurement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +157,7 @@ class Resolved:
             "base": {
                 "ref": self.recipe.base,
                 "fingerprint": self.base.facts.fingerprint,
+                "licence": self.base.licence,
                 "tokenizer": self.written_like.tokenizer,
                 "chat_template": self.written_like.chat_template,
                 **({"original": self._original_facts} if self.original else {}),
@@ -135,10 +166,12 @@ class Resolved:
                 {
                     "version": item.version,
                     "digest": item.digest,
+                    "licence": item.licence,
                     "verdict": item.verdict.model_dump(mode="json"),
                 }
                 for item in self.adapters
             ],
+            "licences": self.licences.model_dump(mode="json"),
             "warnings": self.warnings,
         }
 
@@ -175,6 +208,20 @@ class Resolved:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @contextmanager
+    def verifying(self, chunks: ChunkStore) -> Iterator[Callable[[], None]]:
+        """Hash the registered bases meanwhile; the function that is given waits for the end.
+
+        It raises BlobCorruptError where a file is not what was registered: a byte that a disk has lost changes no time.
+        """
+        bases = {id(base): base for base in (self.base, self.target)}
+        with ThreadPoolExecutor(1) as pool:
+            checks = [pool.submit(base.verify, chunks) for base in bases.values()]
+            try:
+                yield lambda: [check.result() for check in checks] and None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
     @property
     def digests(self) -> set[str]:
         """The fingerprints of the base and of its original, and the digests of the adapters."""
@@ -210,6 +257,15 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
+class Screened:
+    """Scores of each adapter and of their sum, and the alarms of all."""
+
+    adapters: tuple[Screening, ...]
+    whole: Screening | None
+    alarms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A composition that may begin: its plan, the key of its inputs, and the versions that its adapters mean now."""
 
@@ -242,11 +298,12 @@ class Compositions:
         return Prepared(self._describe(resolved), key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
-        recipe, plan = resolved.recipe, prepare_export(self._plan(resolved))
+        recipe, asked = resolved.recipe, self._plan(resolved)
+        plan = prepare_export(asked)
         in_place = find_plan_exporter(recipe.export)
-        per_term = [
-            sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
-        ]
+        changes = [item.term for job in plan.jobs for item in job.deltas]
+        changes += [item.term for adapter in plan.apart for _, item in adapter.deltas]
+        per_term = Counter(changes)
         added: dict[str, int] = {}
         if recipe.requantise:
             files, along = requantised_files(plan), requantised_companions(plan)
@@ -256,7 +313,9 @@ class Compositions:
             added = find_exporter(recipe.export).plan_files(plan)
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
+        screened = self._screen(resolved, asked)
         companions = {name: len(data) for name, data in along}
+        base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -269,14 +328,17 @@ class Compositions:
                     digest=item.digest,
                     weight=item.term.weight,
                     verdict=item.verdict,
-                    tensors=count,
+                    tensors=per_term[index],
+                    screening=screened.adapters[index],
+                    chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
-                for item, count in zip(resolved.adapters, per_term, strict=True)
+                for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
-            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
-            advice=tuple(plan_advice(plan)),
+            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice, *screened.alarms),
+            screening=screened.whole,
+            advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),
@@ -302,17 +364,37 @@ class Compositions:
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
+        screened = self._screen(resolved, plan)
+        beside = [*resolved.advice, *screened.alarms]
         key = _probed(resolved.key, text)
         if (earlier := _earlier(out, key)) is not None:
-            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
-            return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
+            _require_whole(out, earlier)
+            # A process that was killed may have got no further than the files.
+            remove_dead_parts(out)
+            self._record(resolved, key, earlier)
+            return _info(recipe, out, earlier, beside, screened.whole, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
-        outcome = compose(
-            plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text
-        )
+        with resolved.verifying(self._store.chunks) as confirm:
+            outcome = compose(
+                plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text,
+                confirm=confirm,
+            )  # fmt: skip
         self._record(resolved, key, outcome.record)
-        return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
+        return _info(recipe, out, outcome.record, beside, screened.whole, cached=False, seconds=outcome.seconds)
+
+    def _screen(self, resolved: Resolved, plan: Plan) -> Screened:
+        """Scores of each adapter, against the others of this base, and of their sum where it is one."""
+        with session_scope(self._engine) as session:
+            known = population(session, resolved.base.facts.fingerprint)
+        each = tuple(
+            judge(item.measured or measure(item.adapter), others(known, item.adapter_id)) for item in resolved.adapters
+        )
+        apart = prepare_export(plan).apart  # in a graph that takes one of them at a time
+        summed = 1 < len(each) <= MAX_SUMMED and resolved.recipe.method in SUMS and not apart
+        whole = judge(measure_sum(plan)) if summed else None
+        pairs = [*zip((item.label for item in resolved.adapters), each, strict=True), ("the composition", whole)]
+        return Screened(each, whole, tuple(line for label, found in pairs for line in alarms(label, found)))
 
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair of references."""
@@ -350,13 +432,17 @@ class Compositions:
             else:
                 row = find_base(session, ref)
             if row is not None:
+                refuse_tainted(session, row)
                 facts = base_facts(session, row)
-                checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
-                    select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
+                files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
+                checkpoint = open_checkpoint(unchanged_files(row, files))
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
-                return ResolvedBase(
-                    checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent
-                )
+                base = ResolvedBase(
+                    checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent,
+                    {file.name: file.sha256 for file in files},
+                )  # fmt: skip
+                base.verify_heads(self._store.chunks)
+                return base
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
@@ -392,12 +478,13 @@ class Compositions:
         with session_scope(self._engine) as session:
             row = find_version(session, term.ref, pin or term.version)
             label = f"{row.adapter.full_name}@{row.version}"
-            require_usable(row, label, term.version)
+            require_usable(row, label, pin if pin and pin.startswith("sha256:") else term.version)
             files = {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
             verdict = version_verdict(session, row, base.facts)
         return ResolvedAdapter(
-            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label)
-        )
+            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label),
+            row.adapter_id, Measurement.from_json(row.screening) if row.screening else None,
+        )  # fmt: skip
 
     def _published_claim(self, digest: str) -> BaseClaim | None:
         """What the catalogue knows of a folder's base, where these very bytes were published with one."""
@@ -477,9 +564,24 @@ def _earlier(out: Path, key: str) -> dict[str, Any] | None:
     return record if same else None
 
 
+def _require_whole(out: Path, record: dict[str, Any]) -> None:
+    """Raise IntegrityError where a file of the result that lies there already is not what was written."""
+    read_record(out / RECORD)
+    changed = sorted(name for name, entry in record["outputs"].items() if sha256_file(out / name) != entry["sha256"])
+    if changed:
+        raise IntegrityError(
+            f"{out} holds this very composition, but {', '.join(changed)} changed since",
+            expected="the bytes that were written",
+            found=changed,
+            remedy="remove the folder, and compose it again",
+            path=out,
+        )
+
+
 def _info(
-    recipe: Recipe, out: Path, record: dict[str, Any], advice: list[str], *, cached: bool, seconds: dict[str, float]
-) -> CompositionInfo:
+    recipe: Recipe, out: Path, record: dict[str, Any], beside: list[str], screening: Screening | None, *, cached: bool,
+    seconds: dict[str, float],
+) -> CompositionInfo:  # fmt: skip
     return CompositionInfo(
         recipe_text=str(recipe),
         export=recipe.export.value,
@@ -487,7 +589,8 @@ def _info(
         output_digest=record["output_digest"],
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
-        warnings=(*record["warnings"], *advice),
+        warnings=(*record["warnings"], *beside),
+        screening=screening,
         advice=tuple(Advice(**entry) for entry in record.get("advice", ())),
         record=record,
         seconds=seconds,

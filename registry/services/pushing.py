@@ -8,10 +8,8 @@ yet, or goes to another branch, is kept as a draft.
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +19,9 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from composer.adapters import open_adapter
+from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
-from composer.files import FileSet, refuse_pickles
-from composer.sinks import fsync_tree, storage_errors
+from composer.sinks import storage_errors
 from registry.access import Role
 from registry.claims import read_card
 from registry.db import session_scope
@@ -32,10 +30,12 @@ from registry.models import BaseModelRow, CommitFileRow, CommitRow, RefRow, Repo
 from registry.names import DEFAULT_NAMESPACE
 from registry.pushes import CARD, CONFIG, Holding, base_reference, complete_card, complete_config, holding
 from registry.schemas import FileInfo
+from registry.services.base_files import link_files
 from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
+from registry.services.received import Received
 from registry.services.repositories import MAIN, Located, Snapshot, commit_id, locate, no_revision, snapshot_at
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
@@ -57,10 +57,11 @@ MAX_FILES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A file is added or replaced by a blob of the store."""
+    """A file is added or replaced by a blob of the store. `sent`: whether its bytes came with the push itself."""
 
     path: str
     sha256: str
+    sent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class Pushing:
         self._store = store
         self._layout = layout
         self._publishing = publishing
+        self._received = Received(engine)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def commit(
@@ -129,7 +131,7 @@ class Pushing:
             files = self._apply(before, operations)
             if commit_id(files.values()) == before.commit:
                 return Pushed(before.commit)
-            refuse_pickles({path: Path(path) for path in files}, "safetensors")
+            refuse_unsafe(files)
             outcome = self._publish(place, files) if branch == MAIN else self._draft(files)
             oid = commit_id(outcome.files.values())
             with session_scope(self._engine, writes=True) as session:
@@ -164,7 +166,7 @@ class Pushing:
             raise PolicyError(
                 f"{before.repository} is a base that was registered from a folder of the service's machine",
                 expected="a repository that was pushed",
-                found=before.base.location if before.base else lacking[0],
+                found=lacking[0],
                 remedy="push to another name",
             )
 
@@ -196,7 +198,8 @@ class Pushing:
         return files
 
     def _entry(self, item: Put) -> FileInfo:
-        if not self._store.keep(item.sha256):
+        named = item.sent or self._received.may_name(item.sha256)
+        if not (named and self._store.keep(item.sha256)):
             raise CorruptFileError(
                 f"the bytes of {item.path} were not uploaded",
                 expected=f"sha256 {item.sha256}",
@@ -206,11 +209,11 @@ class Pushing:
         size = self._store.path(item.sha256).stat().st_size
         return FileInfo(name=item.path, size=size, sha256=item.sha256)
 
-    def _paths(self, files: Mapping[str, FileInfo]) -> dict[str, Path]:
-        return {path: self._store.path(file.sha256) for path, file in files.items()}
+    def _paths(self, files: Mapping[str, FileInfo], *, verify: bool = False) -> dict[str, Path]:
+        return {path: self._store.path(file.sha256, verify=verify) for path, file in files.items()}
 
     def _publish(self, place: Located, files: Mapping[str, FileInfo]) -> _Outcome:
-        paths = self._paths(files)
+        paths = self._paths(files, verify=True)
         read_card(paths.get(CARD))  # a card that does not parse is refused, whatever it lies beside
         kind = holding(paths)
         if kind is Holding.ADAPTER and place.base is None:
@@ -218,7 +221,7 @@ class Pushing:
         if kind is Holding.BASE and place.adapter is None:
             if place.private:
                 raise private_base(place.name)
-            folder = self._link(paths)
+            folder = link_files(self._layout, paths)
             try:
                 base = self._publishing.add_pushed_base(folder, place.name)
             except BaseException:
@@ -283,20 +286,6 @@ class Pushing:
             except NotFoundError:
                 return None
         return base.fingerprint if base else None
-
-    def _link(self, paths: FileSet) -> Path:
-        """A new folder of links to blobs, for a base is read where it lies."""
-        folder = self._layout.uploads / uuid.uuid4().hex / "files"
-        with storage_errors("making room for a base"):
-            for name, path in paths.items():
-                place = folder / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path, place)
-                except OSError:  # another file system
-                    shutil.copyfile(path, place)
-            fsync_tree(folder.parent)
-        return folder
 
     @staticmethod
     def _nouns(session: Session, name: str, outcome: _Outcome) -> tuple[int | None, int | None]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from registry.names import Version, adapter_name
 from registry.schemas import BaseInfo, FileInfo, VersionInfo
 from registry.services.base_files import unchanged_files
 from registry.services.catalogue import LATEST, base_info, find_version, version_info
+from registry.services.lifecycle import refuse_tainted
+from registry.store.chunks import damaged
 from registry.store.local import LocalStore
 
 __all__ = [
@@ -152,7 +155,7 @@ def _snapshot_at(session: Session, place: Located, revision: str) -> Snapshot:
     if COMMIT.fullmatch(revision) and (found := _by_commit(session, place, revision)):
         return found
     if place.base and revision == place.base.fingerprint:
-        return _of_base(place, place.base)
+        return _of_base(session, place, place.base)
     if place.adapter:
         wanted = revision[1:] if revision.startswith("v") and Version.matches(revision[1:]) else revision
         for text in dict.fromkeys((revision, wanted)):
@@ -184,7 +187,7 @@ def _head(session: Session, place: Located) -> Snapshot:
     if ref is not None:
         return _of_commit(session, place, ref.commit)
     if place.base:
-        return _of_base(place, place.base)
+        return _of_base(session, place, place.base)
     created = place.repository.created_at if place.repository else None
     return Snapshot(place.name, commit_id(()), {}, created)
 
@@ -207,7 +210,7 @@ def _by_commit(session: Session, place: Located, oid: str) -> Snapshot | None:
             select(VersionRow).where(VersionRow.adapter_id == place.adapter.id, same).order_by(*LATEST).limit(1)
         )
         return _of_version(session, place, version, version.digest) if version else None
-    if place.base and (found := _of_base(place, place.base)).commit == oid:
+    if place.base and (found := _of_base(session, place, place.base)).commit == oid:
         return found
     return None
 
@@ -215,6 +218,8 @@ def _by_commit(session: Session, place: Located, oid: str) -> Snapshot | None:
 def _of_commit(session: Session, place: Located, row: CommitRow) -> Snapshot:
     version = session.get(VersionRow, row.version_id) if row.version_id else None
     base = session.get(BaseModelRow, row.base_id) if row.base_id else None
+    if base:
+        refuse_tainted(session, base)
     if version:
         require_usable(version, f"{place.name}@{version.version}", version.digest)
     return Snapshot(
@@ -234,7 +239,8 @@ def _of_version(session: Session, place: Located, row: VersionRow, asked: str | 
     return Snapshot(place.name, info.digest[7:47], {f.name: f for f in info.files}, row.created_at, version=info)
 
 
-def _of_base(place: Located, row: BaseModelRow) -> Snapshot:
+def _of_base(session: Session, place: Located, row: BaseModelRow) -> Snapshot:
+    refuse_tainted(session, row)
     files = [FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files]
     info = base_info(row, len(row.tensors))
     return Snapshot(place.name, commit_id(files), {f.name: f for f in files}, row.created_at, base=info)
@@ -272,6 +278,14 @@ class Repositories:
             if row is None:
                 raise _no_repository(snapshot.repository)
             return unchanged_files(row, [file for file in row.files if file.name == name])[name]
+
+    def read(self, snapshot: Snapshot, name: str) -> bytes:
+        """A small file of an entry, whole. Raises what `path` raises, and BlobCorruptError."""
+        path, sha256 = self.path(snapshot, name), snapshot.files[name].sha256
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise damaged(path, f"sha256 {sha256}", "others")
+        return data
 
     def history(self, name: str, revision: str | None = None) -> tuple[CommitInfo, ...]:
         """The commit at a revision and those before it, newest first."""

@@ -1,6 +1,7 @@
 """Runs jobs: takes one under a lease, keeps the lease alive, writes down how far it is and how it ended.
 
-    take      the oldest that is queued, or running under a lease that ran out (its worker was killed)
+    take      the oldest that is queued, or running under a lease that ran out (its worker was killed) or that is longer
+              than any may be (the clock was set back since)
     beat      a thread renews the lease and learns of a cancel; progress does the same
     end       only by the worker whose lease it is: a worker that was thought dead changes nothing
 
@@ -35,9 +36,13 @@ __all__ = ["LEASE_S", "Worker"]
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
+MAX_LEASE_S = 3600.0
 POLL_S = 1.0
 REPORT_S = 0.5
 MAX_ATTEMPTS = 3
+# It goes on elsewhere, and this attempt was nobody's fault.
+GIVEN_BACK = {"state": JobState.QUEUED.value, "worker": None, "lease_until": None, "step": "",
+              "attempts": JobRow.attempts - 1}  # fmt: skip
 
 
 class JobStoppedError(TypedError):
@@ -80,8 +85,8 @@ class _Run:
         except JobStoppedError:
             if self._stop == "cancelled":
                 ended["state"] = JobState.CANCELLED.value
-            else:  # it goes on elsewhere, and this attempt was nobody's fault
-                ended |= {"state": JobState.QUEUED.value, "finished_at": None, "attempts": JobRow.attempts - 1}
+            else:
+                ended |= {**GIVEN_BACK, "finished_at": None}
         except TypedError as error:
             ended |= {"state": JobState.FAILED.value, "error": error.as_dict()}
         except Exception:
@@ -101,7 +106,7 @@ class _Run:
         ms, code = round((time.monotonic() - started) * 1000), ended.get("error", {}).get("code")
         fields = {"job": self._job_id, "kind": kind, "state": ended["state"], "subject": owner, "ms": ms, "error": code}
         log.info("job %s (%s) is %s", self._job_id, kind, ended["state"], extra={"fields": fields})
-        if not self._write(worker=None, lease_until=None, step="", **ended):
+        if not self._write(**{"worker": None, "lease_until": None, "step": "", **ended}):
             log.warning("job %s went on elsewhere; what was done here is not counted", self._job_id)
 
     def _beat(self) -> None:
@@ -145,12 +150,24 @@ class Worker:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Stop at the next block; what was running is queued again."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """Stop at the next block; what was running is queued again. Returns whether all threads ended.
+
+        A thread that is deep in a long step for more than `seconds` is left behind, and may write nothing any more: its
+        job is given back, and the process should end.
+        """
         self.stopping.set()
         self._wake.set()
+        deadline = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            return True
+        log.warning("a running job did not stop in time; it is given back")
+        with session_scope(self.registry.engine, writes=True) as session:
+            mine = (JobRow.worker == self.name, JobRow.state == JobState.RUNNING.value)
+            session.execute(update(JobRow).where(*mine).values(**GIVEN_BACK))
+        return False
 
     def drain(self) -> None:
         """Run what waits in this thread, and return when nothing does."""
@@ -176,7 +193,9 @@ class Worker:
 
     def _take(self) -> tuple[str, str, dict[str, Any], str] | None:
         """Lease the oldest job there is to run. Late ones that may not run again are ended on the way."""
-        late = (JobRow.state == JobState.RUNNING.value) & (JobRow.lease_until < now())
+        longest = now() + timedelta(seconds=MAX_LEASE_S)
+        over = or_(JobRow.lease_until < now(), JobRow.lease_until > longest)
+        late = (JobRow.state == JobState.RUNNING.value) & over
         waiting = JobRow.state == JobState.QUEUED.value
         query = select(JobRow).where(or_(waiting, late), JobRow.kind.in_(list(KINDS)))
         query = query.order_by(JobRow.created_at, JobRow.id)

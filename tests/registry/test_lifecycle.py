@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -31,6 +32,7 @@ from registry.errors import (
 from registry.licences import TERMS, assess_licences
 from registry.models import VersionRow
 from registry.schemas import LicenceLevel, Relation, VersionState
+from registry.services.blobs import LOCK, require_blobs
 from registry.services.jobs import JobService
 from registry.services.local import LocalRegistry
 from registry.services.publishing import Publishing
@@ -281,6 +283,28 @@ def test_a_file_that_gc_removes_before_it_is_named_is_stored_again(
     registry.publish(tmp_path / "fresh", name="team/fresh", base="base")
     assert runs[0].blobs > 0
     registry.pull("team/fresh", tmp_path / "whole")
+
+
+def test_nobody_removes_while_somebody_names(registry: LocalRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the bytes comes after the lock, and the lock is held to the end: another's gc could not begin."""
+    looks: list[bool] = []
+
+    def locked(*_: Any) -> bool:
+        if registry.engine.dialect.name == "sqlite":
+            other = sqlite3.connect(str(registry.engine.url.database), timeout=0)
+            with closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+        else:
+            with registry.engine.connect() as connection:
+                assert not connection.exec_driver_sql(f"SELECT pg_try_advisory_xact_lock({LOCK})").scalar()
+        looks.append(True)
+        return True
+
+    monkeypatch.setattr(registry.store, "holds", locked)
+    with session_scope(registry.engine, writes=True) as session:
+        require_blobs(session, registry.store, {"README.md": "0" * 64})
+        locked()
+    assert len(looks) == 2
 
 
 def test_a_push_whose_bytes_were_collected_is_refused(

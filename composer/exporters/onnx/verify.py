@@ -32,7 +32,19 @@ from composer.exporters.onnx.skeleton import quiet
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["RELATIVE_TOLERANCE", "Verification", "verify"]
+__all__ = [
+    "NEW_TOKENS",
+    "PROMPTS",
+    "RELATIVE_TOLERANCE",
+    "SMALLEST_TOLERANCE",
+    "TOKENIZER_FILES",
+    "Verification",
+    "live_model",
+    "pad",
+    "prompt_rows",
+    "prompts",
+    "verify",
+]
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest difference allowed, as a share of the largest value the torch model gives on the same prompts.
@@ -67,11 +79,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared: the largest difference, what was allowed, and one entry for each check."""
+    """What was compared: the largest difference, what was allowed, and one entry for each check.
+
+    agreement, kl_divergence: of a graph that rounds: the share of positions at which the largest value is torch's, and
+        the mean divergence of its distributions from torch's, in nats.
+    """
 
     max_abs_diff: float
     tolerance: float
     checks: tuple[dict[str, Any], ...]
+    agreement: float | None = None
+    kl_divergence: float | None = None
+
+    def joined(self, other: Verification) -> Verification:
+        """Both as one; each has passed by its own tolerance."""
+        largest, tolerance = max((self.max_abs_diff, self.tolerance), (other.max_abs_diff, other.tolerance))
+        return Verification(largest, tolerance, (*self.checks, *other.checks))
 
 
 def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verification:
@@ -142,21 +165,9 @@ def _measure_rounding(doubtful: list[_Compared], live: LiveModel) -> None:
 
 
 def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[_Compared], LiveModel]:
-    import torch
-    import transformers
-
-    cls = getattr(transformers, architecture.name)
-    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-    if (folder / BUNDLE).is_file():
-        from composer.runtime.bottlenecks import attach
-
-        attach(module, folder)
-    live = LiveModel(module, folder, architecture.output)
+    live = live_model(folder, architecture)
     session = open_session(model_path)
-    longest = _longest(module.config) - live.tokens
-    tokenizer = _tokenizer(folder)
-    texts = _text_prompts(tokenizer, module.config, longest)
-    randoms = _random_prompts(tokenizer, module.config, longest)
+    texts, randoms = prompts(folder, live)
     run = _check_causal if architecture.is_causal else _check_encoder
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
@@ -183,6 +194,27 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     return compared, live
 
 
+def live_model(folder: Path, architecture: Architecture) -> LiveModel:
+    """The torch model in `folder`, in float32, with what lies beside its weights."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture.name)
+    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    if (folder / BUNDLE).is_file():
+        from composer.runtime.bottlenecks import attach
+
+        attach(module, folder)
+    return LiveModel(module, folder, architecture.output)
+
+
+def prompts(folder: Path, live: LiveModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of texts, none where the folder has no tokenizer, and random ones."""
+    longest = _longest(live.config) - live.tokens
+    tokenizer = _tokenizer(folder)
+    return _text_prompts(tokenizer, live.config, longest), _random_prompts(tokenizer, live.config, longest)
+
+
 def _check_causal(
     session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> _Compared:
@@ -190,7 +222,7 @@ def _check_causal(
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, live.config, left=True)
+    ids, mask = pad(rows, live.config, left=True)
     length = ids.shape[1]
     past, logits = None, []
     bounds = [length * part // parts for part in range(parts + 1)]
@@ -236,7 +268,7 @@ def _check_encoder(session: Any, live: LiveModel, architecture: Architecture, ro
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, live.config, left=False)
+    ids, mask = pad(rows, live.config, left=False)
     feeds = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in architecture.inputs:
         # The second half of each row as a second segment, so that both kinds of row are read.
@@ -272,7 +304,7 @@ def _largest(values: Iterable[float]) -> float:
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
-def _pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """int64 ids and mask [batch, longest row]."""
     import numpy as np
 
@@ -297,6 +329,12 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def prompt_rows(folder: Path, config: Any, longest: int) -> list[list[int]]:
+    """All prompts of a folder: texts, where it has a tokenizer, and seeded ids."""
+    tokenizer = _tokenizer(folder)
+    return [*_text_prompts(tokenizer, config, longest), *_random_prompts(tokenizer, config, longest)]
 
 
 def _text_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:

@@ -145,4 +145,4 @@ def resolve(
     headers = {"X-Repo-Commit": snapshot.commit}
     if file.size >= LARGE:
         headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{oid}"'}
-    return file_response(request, place, path, oid, headers)
+    return file_response(request, place, path, file.sha256, oid=oid, more=headers)

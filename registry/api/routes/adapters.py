@@ -22,9 +22,16 @@ from registry.api.deps import (
     version_ref,
 )
 from registry.api.rules import refuse_path
-from registry.api.schemas import AliasRequest, DeprecationRequest, ReasonRequest, VisibilityRequest, form_body
+from registry.api.schemas import (
+    AliasRequest,
+    DeprecationRequest,
+    ReasonRequest,
+    SignatureRequest,
+    VisibilityRequest,
+    form_body,
+)
 from registry.api.uploads import Upload, receive
-from registry.schemas import BaseFit, Level, Page, PublishResult, Verdict, VersionInfo
+from registry.schemas import BaseFit, Level, Page, PublishResult, SignatureInfo, SignedBundle, Verdict, VersionInfo
 
 router = APIRouter(tags=["adapters"])
 
@@ -38,6 +45,7 @@ UPLOAD = form_body(
     base="a registered base, or the fingerprint (wf1:…) of one that need not be registered",
     license="an SPDX expression",
     private="true: a new adapter is seen by members of its namespace only",
+    allow_nonfinite="true: NaN and infinities in the weights are a warning and no error",
     tags="[]words to search for",
     description="one paragraph",
 )
@@ -55,7 +63,7 @@ async def publish(request: Request, response: Response, registry: Registered) ->
 
 def _publish(upload: Upload, registry: Registered) -> PublishResult:
     with upload:
-        upload.only("name", "version", "base", "license", "tags", "description", "private")
+        upload.only("name", "version", "base", "license", "tags", "description", "private", "allow_nonfinite")
         base = upload.text("base")
         return registry.publish(
             upload.folder,
@@ -65,14 +73,15 @@ def _publish(upload: Upload, registry: Registered) -> PublishResult:
             license=upload.text("license"),
             tags=tuple(tag for tag in upload.fields.get("tags", ()) if tag),
             description=upload.text("description"),
-            private=_flag(upload.text("private")),
+            private=_flag(upload.text("private"), "private"),
+            allow_nonfinite=bool(_flag(upload.text("allow_nonfinite"), "allow_nonfinite")),
             read_paths=False,
         )
 
 
-def _flag(text: str | None) -> bool | None:
+def _flag(text: str | None, name: str) -> bool | None:
     if text not in (None, "true", "false"):
-        raise UsageError(f"private is {text!r}", expected="true or false", found=text)
+        raise UsageError(f"{name} is {text!r}", expected="true or false", found=text)
     return None if text is None else text == "true"
 
 
@@ -197,6 +206,20 @@ def lift(adapter: AdapterName, version: str, registry: Registered) -> Page[Versi
 def delete_version(adapter: AdapterName, version: str, registry: Registered) -> None:
     """Remove a version that nothing depends on; 409 lists what does."""
     registry.delete_version(version_ref(adapter, version))
+
+
+@router.get(f"{ADAPTER}/versions/{{version}}/signatures", summary="List the signatures of a version")
+def signatures(adapter: AdapterName, version: str, registry: Registered) -> Page[SignedBundle]:
+    """Each with its bundle: what model.sig beside the files holds."""
+    return Page[SignedBundle](items=registry.signatures(version_ref(adapter, version)))
+
+
+@router.post(
+    f"{ADAPTER}/versions/{{version}}/signatures", summary="Attach a signature", status_code=201, dependencies=PUBLISH
+)
+def add_signature(adapter: AdapterName, version: str, body: SignatureRequest, registry: Registered) -> SignatureInfo:
+    """A bundle of model-signing 1.x that lists exactly the files of the version; it is verified where it is used."""
+    return registry.add_signature(version_ref(adapter, version), body.bundle)
 
 
 @router.get(f"{ADAPTER}/bases", summary="List the bases that an adapter fits", tags=["compatibility"])

@@ -1,8 +1,9 @@
-"""Jobs: how far they are (asked for or sent), cancel, retry, and the files of a composition that is done."""
+"""Imports and other jobs: how far they are (asked for or sent), cancel, retry, the files of a composition."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,12 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import NotFoundError
-from composer.files import sha256_file
+from composer.provenance import record_file
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
+from registry.api.rules import refuse_path
+from registry.api.schemas import ImportRequest, PublicationRequest
 from registry.schemas import CompositionInfo, ConversionInfo, DeltaInfo, FileInfo, JobInfo, JobState, Page
 
 router = APIRouter(tags=["jobs"])
@@ -39,6 +42,17 @@ EVENTS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+
+
+@router.post("/imports", summary="Import from a hub", status_code=202, dependencies=[Depends(require(Scope.PUBLISH))])
+def import_model(body: ImportRequest, response: Response, jobs: Jobs) -> JobInfo:
+    """Queue a job that fetches an adapter or a base, checks it and publishes it here; Location names it."""
+    for what, ref in (("the name", body.name), ("the base", body.base)):
+        if ref is not None:
+            refuse_path(ref, what)
+    job = jobs.submit_import(**body.model_dump())
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
 
 
 @router.get("/jobs", summary="List jobs")
@@ -98,6 +112,19 @@ def retry(job_id: str, jobs: Jobs) -> JobInfo:
     return jobs.retry(job_id)
 
 
+@router.post(
+    "/jobs/{job_id}/publication",
+    summary="Publish a composition",
+    status_code=202,
+    dependencies=[Depends(require(Scope.PUBLISH))],
+)
+def publish(job_id: str, body: PublicationRequest, response: Response, jobs: Jobs) -> JobInfo:
+    """Queue a job that makes what a compose made a base, or an adapter (export peft), for all who load by name."""
+    job = jobs.submit_publication(job_id, refuse_path(body.name, "the name"))
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
+
+
 @router.get("/jobs/{job_id}/files", summary="List a job's files")
 def list_files(job_id: str, jobs: Jobs) -> Page[FileInfo]:
     """The files of a composition or conversion that succeeded."""
@@ -120,11 +147,12 @@ def download(request: Request, job_id: str, filename: str, jobs: Jobs) -> Respon
 
 def _recorded(job: JobInfo) -> dict[str, Any]:
     if isinstance(job.result, CompositionInfo):
-        return job.result.record.get("outputs", {})
+        record = job.result.record
+        own = {"sha256": hashlib.sha256(record_file(record)).hexdigest()}
+        return {**record.get("outputs", {}), "composition.json": own}
     files = job.result.files if isinstance(job.result, ConversionInfo | DeltaInfo) else ()
     return {file.name: {"sha256": file.sha256} for file in files}
 
 
 def _describe(name: str, path: Path, recorded: dict[str, Any]) -> FileInfo:
-    sha256 = recorded[name]["sha256"] if name in recorded else sha256_file(path)
-    return FileInfo(name=name, size=path.stat().st_size, sha256=sha256)
+    return FileInfo(name=name, size=path.stat().st_size, sha256=recorded[name]["sha256"])
