@@ -60,6 +60,7 @@ COMMANDS = {
     "delta": "delta",
     "inspect": "compose",
     "run": "run",
+    "sign": "provenance",
     "verify": "integrity",
     "jobs": "jobs",
     "worker": "jobs",

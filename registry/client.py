@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from composer.errors import CorruptFileError, NotFoundError, TypedError, UsageError
 from composer.files import read_json
 from composer.provenance import manifest_digest
-from composer.recipe import Recipe, is_path, split_reference
+from composer.recipe import AdapterTerm, Recipe, is_path, split_reference
 from composer.sinks import FolderSink
 from registry import __version__
 from registry.access import Role, Scope
@@ -48,11 +48,14 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    SignatureInfo,
+    SignedBundle,
     StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
 )
+from registry.store.pulling import signature_files
 from registry.transfer import ServiceReplyError, connection_errors, file_parts, read_error, save_file
 
 __all__ = ["JobCancelledError", "RemoteRegistry"]
@@ -297,8 +300,23 @@ class RemoteRegistry:
         files = {file.name: (file.sha256, file.size) for file in info.files}
         with FolderSink(out.expanduser().resolve()) as sink:
             self._download(f"{path}/files", files, sink, "pulling", progress, version=info.digest)
+            for name, data in signature_files(info, self.signatures(ref) if info.signatures else ()).items():
+                sink.write(name, data)
             sink.commit()
         return info
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        """The signatures of a version."""
+        return self._get(self._signatures(ref), Page[SignedBundle]).items
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        """Send a signature that was made here."""
+        return self._read(self._send("POST", self._signatures(ref), json={"bundle": bundle}), SignatureInfo)
+
+    @staticmethod
+    def _signatures(ref: str) -> str:
+        path, version = _adapter(ref)
+        return f"{path}/versions/{_segment(version or 'latest')}/signatures"
 
     def compatible(
         self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -335,6 +353,7 @@ class RemoteRegistry:
         accept_licences: bool = False,
         probe: str | None = None,
         progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """Run a job on the service and download what it made. An interrupt cancels the job.
 
@@ -347,6 +366,8 @@ class RemoteRegistry:
                 found=self.url,
                 remedy="leave --url out, or compose without --probe",
             )
+        if pins:
+            recipe = recipe.model_copy(update={"adapters": tuple(map(self._pin, recipe.adapters, pins))})
         out = out.expanduser().resolve()
         earlier: dict[str, Any] | None = None
         if not replace and (out / RECORD).is_file():
@@ -369,6 +390,16 @@ class RemoteRegistry:
             sink.commit()
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
+
+    def _pin(self, term: AdapterTerm, pin: str | None) -> AdapterTerm:
+        """The term as it is where it still means the pinned digest, else by that digest: a label is part of a card."""
+        if pin is None or is_path(term.ref):
+            return term
+        with suppress(TypedError):
+            ref = f"{term.ref}@{term.version}" if term.version else term.ref
+            if pin in ((info := self.get_version(ref)).digest, info.version):
+                return term
+        return term.model_copy(update={"version": pin})
 
     def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
         """Queue a compose."""

@@ -37,6 +37,7 @@ __all__ = [
     "RecipeRequest",
     "ResizeRequest",
     "RestoreRequest",
+    "SignatureRequest",
     "TokenRequest",
     "VisibilityRequest",
     "Whoami",
@@ -65,6 +66,12 @@ class ReasonRequest(_Request):
     """Why a version is withdrawn or blocked."""
 
     reason: str = Field(min_length=1, max_length=2000, examples=["trained on the wrong data"])
+
+
+class SignatureRequest(_Request):
+    """A signature: what model.sig holds."""
+
+    bundle: dict[str, Any] = Field(description="of model-signing 1.x, signed with a key")
 
 
 class DeprecationRequest(ReasonRequest):

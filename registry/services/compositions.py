@@ -36,6 +36,7 @@ from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
+from composer.screening import Measurement, measure, measure_sum
 from composer.templates import chat_templates, template_diff
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
@@ -46,7 +47,7 @@ from registry.licences import assess_licences
 from registry.lifecycle import deprecation, require_usable
 from registry.models import BaseFileRow, BaseModelRow, CompositionInputRow, CompositionRow, VersionRow
 from registry.originals import difference_warning, original_error, original_reference
-from registry.preflight import plan_advice
+from registry.preflight import SUMS, plan_advice
 from registry.schemas import (
     Advice,
     CompositionInfo,
@@ -56,19 +57,23 @@ from registry.schemas import (
     PlanInfo,
     PlannedAdapter,
     Relation,
+    Screening,
     Verdict,
 )
+from registry.screening import alarms, judge
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
+from registry.services.screening import others, population
 from registry.store.chunks import ChunkStore
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
 __all__ = ["Compositions", "Prepared", "Resolved"]
 
+MAX_SUMMED = 16  # adapters whose factors are measured together, in memory
 RECORD = "composition.json"
 SMALL = 16 << 20  # of a file that is no shard, this much is read
 
@@ -120,6 +125,8 @@ class ResolvedAdapter:
     verdict: Verdict
     licence: str | None
     deprecated: str | None = None
+    adapter_id: int | None = None
+    measured: Measurement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +156,7 @@ class Resolved:
             "base": {
                 "ref": self.recipe.base,
                 "fingerprint": self.base.facts.fingerprint,
+                "licence": self.base.licence,
                 "tokenizer": self.written_like.tokenizer,
                 "chat_template": self.written_like.chat_template,
                 **({"original": self._original_facts} if self.original else {}),
@@ -157,10 +165,12 @@ class Resolved:
                 {
                     "version": item.version,
                     "digest": item.digest,
+                    "licence": item.licence,
                     "verdict": item.verdict.model_dump(mode="json"),
                 }
                 for item in self.adapters
             ],
+            "licences": self.licences.model_dump(mode="json"),
             "warnings": self.warnings,
         }
 
@@ -246,6 +256,15 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
+class Screened:
+    """Scores of each adapter and of their sum, and the alarms of all."""
+
+    adapters: tuple[Screening, ...]
+    whole: Screening | None
+    alarms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A composition that may begin: its plan, the key of its inputs, and the versions that its adapters mean now."""
 
@@ -290,6 +309,7 @@ class Compositions:
             added = find_exporter(recipe.export).plan_files(plan)
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
+        screened = self._screen(resolved, asked)
         companions = {name: len(data) for name, data in along}
         base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
@@ -305,13 +325,15 @@ class Compositions:
                     weight=item.term.weight,
                     verdict=item.verdict,
                     tensors=per_term[index],
+                    screening=screened.adapters[index],
                     chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
                 for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
-            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
+            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice, *screened.alarms),
+            screening=screened.whole,
             advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
@@ -338,13 +360,15 @@ class Compositions:
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
+        screened = self._screen(resolved, plan)
+        beside = [*resolved.advice, *screened.alarms]
         key = resolved.key
         if text is not None:
             key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
             self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
-            return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
+            return _info(recipe, out, earlier, beside, screened.whole, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
         with resolved.verifying(self._store.chunks) as confirm:
@@ -353,7 +377,20 @@ class Compositions:
                 confirm=confirm,
             )  # fmt: skip
         self._record(resolved, key, outcome.record)
-        return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
+        return _info(recipe, out, outcome.record, beside, screened.whole, cached=False, seconds=outcome.seconds)
+
+    def _screen(self, resolved: Resolved, plan: Plan) -> Screened:
+        """Scores of each adapter, against the others of this base, and of their sum where it is one."""
+        with session_scope(self._engine) as session:
+            known = population(session, resolved.base.facts.fingerprint)
+        each = tuple(
+            judge(item.measured or measure(item.adapter), others(known, item.adapter_id)) for item in resolved.adapters
+        )
+        apart = prepare_export(plan).apart  # in a graph that takes one of them at a time
+        summed = 1 < len(each) <= MAX_SUMMED and resolved.recipe.method in SUMS and not apart
+        whole = judge(measure_sum(plan)) if summed else None
+        pairs = [*zip((item.label for item in resolved.adapters), each, strict=True), ("the composition", whole)]
+        return Screened(each, whole, tuple(line for label, found in pairs for line in alarms(label, found)))
 
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair of references."""
@@ -436,12 +473,13 @@ class Compositions:
         with session_scope(self._engine) as session:
             row = find_version(session, term.ref, pin or term.version)
             label = f"{row.adapter.full_name}@{row.version}"
-            require_usable(row, label, term.version)
+            require_usable(row, label, pin if pin and pin.startswith("sha256:") else term.version)
             files = {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
             verdict = version_verdict(session, row, base.facts)
         return ResolvedAdapter(
-            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label)
-        )
+            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label),
+            row.adapter_id, Measurement.from_json(row.screening) if row.screening else None,
+        )  # fmt: skip
 
     def _published_claim(self, digest: str) -> BaseClaim | None:
         """What the catalogue knows of a folder's base, where these very bytes were published with one."""
@@ -531,8 +569,9 @@ def _require_whole(out: Path, record: dict[str, Any]) -> None:
 
 
 def _info(
-    recipe: Recipe, out: Path, record: dict[str, Any], advice: list[str], *, cached: bool, seconds: dict[str, float]
-) -> CompositionInfo:
+    recipe: Recipe, out: Path, record: dict[str, Any], beside: list[str], screening: Screening | None, *, cached: bool,
+    seconds: dict[str, float],
+) -> CompositionInfo:  # fmt: skip
     return CompositionInfo(
         recipe_text=str(recipe),
         export=recipe.export.value,
@@ -540,7 +579,8 @@ def _info(
         output_digest=record["output_digest"],
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
-        warnings=(*record["warnings"], *advice),
+        warnings=(*record["warnings"], *beside),
+        screening=screening,
         advice=tuple(Advice(**entry) for entry in record.get("advice", ())),
         record=record,
         seconds=seconds,

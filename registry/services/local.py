@@ -41,6 +41,8 @@ from registry.schemas import (
     PublishResult,
     Readiness,
     Relation,
+    SignatureInfo,
+    SignedBundle,
     StoreCheck,
     TokenInfo,
     Verdict,
@@ -68,12 +70,13 @@ from registry.services.received import Received
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
+from registry.services.signatures import Signatures
 from registry.services.templates import with_template_diff
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
-from registry.store.pulling import pull_files
+from registry.store.pulling import pull_files, signature_files
 
 __all__ = ["LocalRegistry", "open_registry"]
 
@@ -115,6 +118,7 @@ class LocalRegistry:
         self._lifecycle = Lifecycle(self.engine)
         self._collection = Collection(self.engine, layout)
         self._audit = AuditLog(self.engine)
+        self._signatures = Signatures(self.engine)
         self.tokens = Tokens(self.engine)
         self.downloads = Downloads(self.engine)
         self._readiness = ReadinessProbe(self.engine, layout)
@@ -267,7 +271,7 @@ class LocalRegistry:
         return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
-        return with_template_diff(self.engine, self.store, self._catalogue.get_version(*split_reference(ref)))
+        return with_template_diff(self.engine, self.store, self._catalogue.screened_version(*split_reference(ref)))
 
     def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
         return self._catalogue.list_versions(name, limit, cursor)
@@ -291,9 +295,15 @@ class LocalRegistry:
 
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
         info = self.usable_version(ref)
-        pull_files(self.store, info.files, out, progress)
+        pull_files(self.store, info.files, out, progress, signature_files(info, self.signatures(ref)))
         self.count_download(info)
         return info
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        return self._signatures.list(*split_reference(ref))
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        return self._signatures.add(*split_reference(ref), bundle)
 
     def count_download(self, info: VersionInfo) -> None:
         """One download of this version more; counts are written every few seconds, and when the registry is closed."""
@@ -330,7 +340,6 @@ class LocalRegistry:
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
         return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences, probe)
 
     def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
