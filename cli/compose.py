@@ -22,6 +22,7 @@ from cli.options import (
     pass_settings,
 )
 from cli.output import emit
+from composer.errors import UsageError
 
 if TYPE_CHECKING:
     from composer.recipe import Recipe
@@ -223,6 +224,7 @@ def plan(settings: Settings, recipe: str, **words: Any) -> None:
     type=click.Path(path_type=Path),
     help="A plain text: its perplexity before and after goes into composition.json.",
 )
+@click.option("--publish", metavar="NAME", help="Make the result a base of that name; with --export peft an adapter.")
 @common_options
 @pass_settings
 def compose(
@@ -233,17 +235,26 @@ def compose(
     accept_licences: bool,
     queue: bool,
     probe: Path | None,
+    publish: str | None,
     **words: Any,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
     RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
-    YAML file that may give weights by module. The folder appears whole or not at all.
+    YAML file that may give weights by module. The folder appears whole or not at all. What is published is loaded by
+    its name from 'registry serve'; 'registry jobs publish' publishes what was queued.
     """
     from cli.views import composition_block, job_block
 
     wanted = to_recipe(recipe, **words)
     if queue:
+        if publish is not None:
+            raise UsageError(
+                "a queued composition is published once it is done",
+                expected="--queue or --publish",
+                found="both",
+                remedy="registry jobs publish JOB NAME",
+            )
         from registry.api.rules import refuse_paths
 
         job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences)
@@ -257,6 +268,7 @@ def compose(
             replace=force,
             accept_licences=accept_licences,
             probe=_text(probe),
+            publish=publish,
             progress=progress,
         )
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)

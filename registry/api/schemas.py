@@ -32,7 +32,9 @@ __all__ = [
     "DoctorReport",
     "ExtractRequest",
     "Health",
+    "ImportRequest",
     "MemberRequest",
+    "PublicationRequest",
     "ReasonRequest",
     "RecipeRequest",
     "ResizeRequest",
@@ -134,6 +136,23 @@ class RecipeRequest(_Request):
     original: str | None = Field(default=None, min_length=1, description="the base that a quantised one was made of")
     requantise: bool = Field(default=False, description="write the result quantised as the base is")
     min_survival: float = Field(default=0.1, ge=0, le=1, description="what requantising must leave of each adapter")
+
+
+class PublicationRequest(_Request):
+    """What a composition is to be called."""
+
+    name: str = Field(min_length=1, max_length=200, description="of the base, or of the adapter (export peft)")
+
+
+class ImportRequest(_Request):
+    """An adapter or a base of the hub that the service knows (its HF_ENDPOINT)."""
+
+    ref: str = Field(min_length=6, max_length=500, description="hf://ORG/NAME[@REVISION]")
+    name: str | None = Field(default=None, min_length=1, max_length=200, description="here; default: as there")
+    version: str | None = Field(default=None, min_length=1, description="of an adapter; default: the next one")
+    base: str | None = Field(default=None, min_length=1, description="of an adapter: the base it was trained on")
+    max_bytes: int | None = Field(default=None, ge=1, le=1 << 50, description="of all files")
+    allow_private: bool = Field(default=False, description="the hub may be at a private address")
 
 
 class SizedRequest(_Request):

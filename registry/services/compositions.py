@@ -29,6 +29,7 @@ from composer.companions import companion_files
 from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.parts import remove_dead_parts
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.probe import probe_digest
@@ -63,7 +64,7 @@ from registry.schemas import (
 from registry.screening import alarms, judge
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
-from registry.services.lifecycle import refuse_quarantined
+from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
 from registry.services.screening import others, population
@@ -367,7 +368,9 @@ class Compositions:
             key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
-            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
+            # A process that was killed may have got no further than the files.
+            remove_dead_parts(out)
+            self._record(resolved, key, earlier)
             return _info(recipe, out, earlier, beside, screened.whole, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
@@ -428,6 +431,7 @@ class Compositions:
             else:
                 row = find_base(session, ref)
             if row is not None:
+                refuse_tainted(session, row)
                 facts = base_facts(session, row)
                 files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
                 checkpoint = open_checkpoint(unchanged_files(row, files))

@@ -78,6 +78,15 @@ def test_it_has_the_whole_protocol() -> None:
         assert found.parameters == inspect.signature(function).parameters, name
 
 
+def test_a_composition_is_published_over_rest(filled: RemoteRegistry, registry: Any, tmp_path: Path) -> None:
+    """One compose job, and one that publishes what it made; the files come back too."""
+    result = filled.compose(parse_recipe("tiny+team/shout"), tmp_path / "out", publish="team/loud")
+    assert result.published == "team/loud"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert registry.get_base("team/loud").parent == "tiny"
+    assert sorted(job.kind for job in filled.list_jobs().items) == ["base", "compose", "publication"]
+
+
 def test_reads_equal_those_of_the_local_registry(filled: RemoteRegistry, registry: Any) -> None:
     """client(service(local)) is local."""
     recipe = parse_recipe("tiny+team/shout:0.5")
