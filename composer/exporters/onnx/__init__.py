@@ -16,6 +16,7 @@
                                      │
                       model.onnx ◄───┴───► deleted, OnnxVerificationError
 
+An encoder-decoder becomes two files in the same way, each a graph of its own: see `seq2seq`.
 A folder's `model.onnx` has no weights of its own: it belongs to the safetensors files beside it and moves with them.
 Weights keep their dtype; inputs, outputs and arithmetic are float32 (see `bind`). `session` opens and runs the result.
 """
@@ -28,13 +29,13 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.bottlenecks import BUNDLE
 from composer.errors import NotFoundError, OnnxVerificationError
-from composer.exporters.onnx import bind, graph_cache, trace, verify
+from composer.exporters.onnx import bind, graph_cache, seq2seq, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.bottlenecks import insert_bottlenecks
 from composer.exporters.onnx.session import generate, open_session, require_runtime
@@ -54,7 +55,7 @@ class OnnxExport:
 
     files: names written into the folder.
     weight_dtype: the dtype that most weights are stored in; compute_dtype: the dtype of inputs, outputs, arithmetic.
-    graph_digest: what the graph was made from; equal digests share one cached graph. graph_cached: it was not traced.
+    graph_digest: what the graphs were made from; equal digests share cached graphs. graph_cached: none was traced.
     max_abs_diff, tolerance: over all `checks`; each check also names its prompts, padding, tokens and own difference.
     seconds: trace, bind, verify.
     """
@@ -77,13 +78,14 @@ class OnnxExport:
 def export_onnx(
     folder: Path, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
 ) -> OnnxExport:
-    """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
+    """Write `model.onnx`, or the two files of an encoder-decoder, into a complete checkpoint folder, and verify them.
 
+    Their weights stay in the folder's safetensors files.
     folder: config.json and model.safetensors, or shards with model.safetensors.index.json; a tokenizer is used to
         make prompts when there is one. Weights are float32, float16 or bfloat16.
     cache_dir: where weightless graphs are kept between exports; None traces anew each time.
-    Only a verified file gets the name model.onnx. When verification fails, an older model.onnx is deleted as well:
-    it points into the same weights.
+    Only verified files get these names. When verification fails, older files of the names are deleted as well: they
+    point into the same weights.
     Raises, before anything is written: NotFoundError, UnsupportedArchitectureError, MissingDependencyError.
     Raises OnnxExportError when tracing or binding fails, OnnxVerificationError when the results differ.
     """
@@ -99,38 +101,51 @@ def export_onnx(
     require_runtime()
     bind.stored_tensors(folder)
 
+    row = architecture
+    graphs = {MODEL_FILE: row}
+    if row.is_seq2seq:
+        row = replace(row, own_head=bind.own_head(folder))
+        graphs = seq2seq.parts(row)
     clock = [time.perf_counter()]
-    digest = graph_cache.digest_of(config, architecture)
-    graph, cached = _graph(folder, architecture, digest, cache_dir, say)
+    traced = {}
+    for file, part in graphs.items():
+        digest = graph_cache.digest_of(config, part)
+        graph, cached = _graph(folder, part, digest, cache_dir, say)
+        graph.metadata_props.add(key="composer.graph_digest", value=digest)
+        traced[file] = graph, cached
     clock.append(time.perf_counter())
-    bound = bind.bind(graph, folder)
-    if (folder / BUNDLE).is_file():
-        insert_bottlenecks(bound.model, folder)
-    insert_virtual_tokens(bound.model, folder, config, architecture)
-    graph.metadata_props.add(key="composer.graph_digest", value=digest)
-    aside = _write_aside(folder, bound.model)
-    clock.append(time.perf_counter())
+    asides: dict[str, Path] = {}
     try:
+        for file, part in graphs.items():
+            bound = bind.bind(traced[file][0], folder)
+            if (folder / BUNDLE).is_file():
+                insert_bottlenecks(bound.model, folder)
+            insert_virtual_tokens(bound.model, folder, config, part)
+            asides[file] = _write_aside(folder, file, bound.model)
+        clock.append(time.perf_counter())
         say(f"verify {architecture.name} in ONNX Runtime against torch")
-        result = verify.verify(folder, aside, architecture)
-        os.replace(aside, folder / MODEL_FILE)
+        result = verify.verify(folder, list(asides.values()), architecture)
+        for file, aside in asides.items():
+            os.replace(aside, folder / file)
     except OnnxVerificationError:
-        (folder / MODEL_FILE).unlink(missing_ok=True)
+        for file in graphs:
+            (folder / file).unlink(missing_ok=True)
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
     _sync_folder(folder)
     clock.append(time.perf_counter())
     return OnnxExport(
-        files=(MODEL_FILE,),
+        files=tuple(graphs),
         architecture=architecture.name,
         task=architecture.task,
         flavour=graph_cache.FLAVOUR,
         opset=architecture.opset,
         weight_dtype=bound.weight_dtype,
         compute_dtype="float32",
-        graph_digest=digest,
-        graph_cached=cached,
+        graph_digest=graph_cache.digest_of(config, row),
+        graph_cached=all(cached for _, cached in traced.values()),
         max_abs_diff=result.max_abs_diff,
         tolerance=result.tolerance,
         checks=result.checks,
@@ -157,9 +172,9 @@ def _graph(
     return graph, False
 
 
-def _write_aside(folder: Path, model: onnx.ModelProto) -> Path:
+def _write_aside(folder: Path, name: str, model: onnx.ModelProto) -> Path:
     """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MODEL_FILE}.", suffix=".tmp")
+    handle, aside = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(model.SerializeToString())
@@ -167,9 +182,9 @@ def _write_aside(folder: Path, model: onnx.ModelProto) -> Path:
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        Path(aside).unlink(missing_ok=True)
         raise
-    return Path(name)
+    return Path(aside)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ Inputs and outputs are numpy arrays; nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
-__all__ = ["forward", "generate", "open_session", "require_runtime"]
+__all__ = ["decode_greedily", "forward", "generate", "open_session", "require_runtime"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PAST, PRESENT = "past_key_values.", "present."
@@ -127,18 +127,36 @@ def generate(
     """
     import numpy as np
 
-    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+    past: dict[str, np.ndarray] | None = None
+
+    def advance(chosen: np.ndarray | None) -> np.ndarray:
+        nonlocal mask, past
+        if chosen is not None:
+            mask = np.concatenate([mask, np.ones_like(chosen)], axis=1)
+        logits, past = forward(session, input_ids if chosen is None else chosen, mask, past)
+        return logits[:, -1]
+
+    return decode_greedily(advance, len(input_ids), max_new_tokens, eos_ids)
+
+
+def decode_greedily(
+    advance: Callable[[np.ndarray | None], np.ndarray], rows: int, max_new_tokens: int, eos_ids: Iterable[int]
+) -> np.ndarray:
+    """The most likely tokens, int64 [rows, n], as `generate` returns them.
+
+    advance: runs a model over the tokens chosen last, int64 [rows, 1], None at first; returns logits [rows, vocabulary]
+        of the next ones.
+    """
+    import numpy as np
+
+    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
     tokens: list[np.ndarray] = []
-    step, past = input_ids, None
-    ended = np.zeros(len(input_ids), dtype=bool)
+    ended = np.zeros(rows, dtype=bool)
     while len(tokens) < max_new_tokens and not ended.all():
-        logits, past = forward(session, step, mask, past)
-        chosen = logits[:, -1].argmax(axis=-1).astype(np.int64)
+        chosen = advance(tokens[-1][:, None] if tokens else None).argmax(axis=-1).astype(np.int64)
         if tokens:
             chosen = np.where(ended, tokens[-1], chosen)
         ended |= np.isin(chosen, eos)
         tokens.append(chosen)
-        step = chosen[:, None]
-        mask = np.concatenate([mask, np.ones_like(step)], axis=1)
-    return np.stack(tokens, axis=1) if tokens else np.empty((len(input_ids), 0), np.int64)
+    return np.stack(tokens, axis=1) if tokens else np.empty((rows, 0), np.int64)

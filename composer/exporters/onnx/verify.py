@@ -3,6 +3,7 @@
     causal LM   one prompt, prompts as a batch with left padding, the same with random ids, a prefill in two parts;
                 each is prefilled, then decoded greedily with the KV cache; the oracle is one torch pass without a cache
     encoder     one prompt, prompts and random ids as batches with right padding
+    seq2seq     the same for the encoder, and greedy decoding with the cache against one torch pass
 
 The torch model comes from `from_pretrained`, which finds the weights by its own rules: it shares nothing with `bind`.
 Bottlenecks are hooked into it by composer.runtime, and virtual tokens put before its input by `live`; neither shares
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from composer.bottlenecks import BUNDLE
 from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.live import LiveModel
+from composer.exporters.onnx.seq2seq_session import Seq2SeqSession
 from composer.exporters.onnx.session import forward, open_session
 from composer.exporters.onnx.skeleton import quiet
 
@@ -61,14 +64,14 @@ class Verification:
     checks: tuple[dict[str, Any], ...]
 
 
-def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verification:
-    """Compare the graph in `model_path` with the torch model in `folder`.
+def verify(folder: Path, paths: Sequence[Path], architecture: Architecture) -> Verification:
+    """Compare the graph in `paths`, or the two of an encoder-decoder, with the torch model in `folder`.
 
     Raises OnnxVerificationError, with the numbers of every check, when a value differs by more than the tolerance, is
     not a number, or leads greedy decoding to another token.
     """
     with quiet():
-        checks, largest, scale = _run_checks(folder, model_path, architecture)
+        checks, largest, scale = _run_checks(folder, paths, architecture)
     tolerance = max(SMALLEST_TOLERANCE, RELATIVE_TOLERANCE * scale)
     failed = [
         check["check"]
@@ -89,7 +92,7 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
     return Verification(largest, tolerance, tuple(checks))
 
 
-def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[dict], float, float]:
+def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture) -> tuple[list[dict], float, float]:
     import numpy as np
     import torch
     import transformers
@@ -101,11 +104,14 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
 
         attach(module, folder)
     live = LiveModel(module, folder, architecture)
-    session = open_session(model_path)
+    sessions = [open_session(path) for path in paths]
     longest = _longest(module.config) - live.tokens
     texts = _text_prompts(folder, module.config, longest)
     randoms = _random_prompts(module.config, longest)
     run = _check_causal if architecture.is_causal else _check_encoder
+    session: Any = sessions[0]
+    if architecture.is_seq2seq:
+        run, session = _check_seq2seq, Seq2SeqSession(*sessions)
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
         batches.append(("prompt", texts[:1], {}))
@@ -115,6 +121,8 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     batches.append(("random ids, padded batch", randoms, {}))
     if architecture.is_causal:
         batches.append(("random ids, prefill in two parts", randoms, {"parts": 2}))
+    if architecture.is_seq2seq:
+        batches.append(("random ids, decoding from a prefix", randoms, {"prefix": 3}))
     checks, largest, scale = [], 0.0, 0.0
     for name, rows, options in batches:
         check, absmax = run(session, live, architecture, rows, **options)
@@ -153,20 +161,67 @@ def _check_causal(
             torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
         )["logits"].numpy()
     tokens = np.concatenate([ids[:, length:], token], axis=1)
-    # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
-    deciding = expected[:, length - 1 :]
-    gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
     difference, absmax = _difference(got, expected, mask)
     check = {
         "max_abs_diff": difference,
         "prefill": [len(row) for row in rows],
         "padding": "left" if int(mask.min()) == 0 else "none",
-        "decoded": NEW_TOKENS,
+        **_greedy(expected[:, length - 1 :], tokens),
+    }
+    return check, absmax
+
+
+def _check_seq2seq(
+    session: Seq2SeqSession, live: LiveModel, _architecture: Architecture, rows: list[list[int]], prefix: int = 0
+) -> tuple[dict[str, Any], float]:
+    """Encode, and decode NEW_TOKENS greedily from the start token and `prefix` tokens of the input."""
+    import numpy as np
+    import torch
+
+    config = live.config
+    ids, mask = _pad(rows, config, left=False)
+    ends = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((number for number in ends if number is not None), 0)
+    decoded = np.concatenate([np.full((len(rows), 1), start, np.int64), ids[:, :prefix]], axis=1)
+    encoded = session.encode(ids, mask)
+    first, token, past, logits = decoded.shape[1], decoded, None, []
+    while True:
+        part, past = session.decode(encoded, token, past)
+        logits.append(part)
+        token = part[:, -1].argmax(axis=-1).astype(np.int64)[:, None]
+        if len(logits) == NEW_TOKENS:
+            break
+        decoded = np.concatenate([decoded, token], axis=1)
+    with torch.no_grad():
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoded}
+        expected = live.module(**{name: torch.from_numpy(value) for name, value in inputs.items()}, use_cache=False)
+    tokens = np.concatenate([decoded[:, first:], token], axis=1)
+    found = expected.logits.numpy()
+    pairs = [
+        _difference(np.concatenate(logits, axis=1), found, None),
+        _difference(encoded.hidden, expected.encoder_last_hidden_state.numpy(), mask),
+    ]
+    check = {
+        "max_abs_diff": float(np.max([difference for difference, _ in pairs])),
+        "encoded": [len(row) for row in rows],
+        "padding": "right" if int(mask.min()) == 0 else "none",
+        "prefill": first,
+        **_greedy(found[:, first - 1 :], tokens),
+    }
+    return check, max(absmax for _, absmax in pairs)
+
+
+def _greedy(deciding: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """Whether torch's logits choose the same tokens; if not, how far the chosen is below its best."""
+    import numpy as np
+
+    gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
+    return {
+        "decoded": tokens.shape[1],
         "greedy_equal": bool((deciding.argmax(axis=-1) == tokens).all()),
         "greedy_gap": float(gap.max()),
         "tokens": tokens[0].tolist(),
     }
-    return check, absmax
 
 
 def _check_encoder(
