@@ -119,7 +119,7 @@ def export_onnx(
         for file, part in graphs.items():
             bound = bind.bind(traced[file][0], folder)
             if (folder / BUNDLE).is_file():
-                insert_bottlenecks(bound.model, folder)
+                insert_bottlenecks(bound.model, folder, half=row.is_seq2seq)
             insert_virtual_tokens(bound.model, folder, config, part)
             asides[file] = _write_aside(folder, file, bound.model)
         clock.append(time.perf_counter())
