@@ -15,61 +15,17 @@ from composer.exporters.onnx import ARCHITECTURES, export_onnx, supported
 from composer.exporters.onnx import bind as bind_module
 from composer.exporters.onnx.seq2seq import DECODER_FILE, ENCODER_FILE
 from composer.exporters.onnx.seq2seq_session import generate_seq2seq, open_seq2seq
+from composer.recipe import Export
+from composer.run import compose
 from composer.tensors import read_header
+from tests.composer.seq2seq import IDS, MASK, MODELS, build
+from tests.conftest import random_lora
+from tests.support import plan_folders
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-T5 = {
-    "vocab_size": 160,
-    "d_model": 32,
-    "d_kv": 4,
-    "d_ff": 48,
-    "num_layers": 1,
-    "num_decoder_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
-BART = {
-    "vocab_size": 160,
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "forced_eos_token_id": None,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": ("T5", T5),
-    "flan-t5": ("T5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "bart": ("Bart", BART),
-    "mt5": ("MT5", {**T5, "feed_forward_proj": "gated-gelu"}),
-    "umt5": ("UMT5", {**T5, "feed_forward_proj": "gated-gelu"}),
-    "mbart": ("MBart", {**BART, "decoder_start_token_id": 3, "scale_embedding": True}),
-}
-IDS = np.array([[5, 9, 11, 33, 7, 150], [21, 22, 23, 24, 0, 0]])
-MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
-def build(name: str) -> Any:
-    """A tiny random model; weights that all differ from what a fresh model has, biases included."""
-    stem, options = MODELS[name]
-    model = getattr(transformers, f"{stem}ForConditionalGeneration")(getattr(transformers, f"{stem}Config")(**options))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for key, value in (*model.named_parameters(), *model.named_buffers()):
-                mean = float("norm" in key and key.endswith("weight"))
-                spread = 0.1 if "norm" in key or key.endswith("bias") else 0.5
-                value.copy_(torch.randn(value.shape) * spread + mean)
-            if name in ("flan-t5", "mt5", "umt5"):
-                model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape))
-    return model.eval()
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +51,20 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def torch_tokens(model: Any) -> np.ndarray:
+    """The ten tokens that transformers' greedy search gives for the batch."""
+    found = model.generate(
+        input_ids=torch.from_numpy(IDS),
+        attention_mask=torch.from_numpy(MASK),
+        max_new_tokens=10,
+        do_sample=False,
+        use_cache=False,  # transformers makes its cache as deep as the encoder, which is less deep here
+        eos_token_id=None,
+        forced_eos_token_id=None,
+    )
+    return np.asarray(found[:, 1:])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("t5", "bfloat16"), ("flan-t5", "float32"), ("bart", "float16")])
@@ -178,21 +148,32 @@ def test_generation_equals_greedy_decoding_by_transformers(make: Callable[..., P
     session = open_seq2seq(folder)
     start = model.config.decoder_start_token_id
     got = generate_seq2seq(session, IDS, MASK, start_ids=[start], max_new_tokens=10)
-    expected = model.generate(
-        torch.from_numpy(IDS),
-        attention_mask=torch.from_numpy(MASK),
-        max_new_tokens=10,
-        do_sample=False,
-        # transformers makes its cache as deep as the encoder, which is less deep here.
-        use_cache=False,
-        eos_token_id=None,
-        forced_eos_token_id=None,
-    )
-    assert np.array_equal(got, expected[:, 1:].numpy())
+    assert np.array_equal(got, torch_tokens(model))
     stop = int(got[0, 2])
     ended = generate_seq2seq(session, IDS[:1], MASK[:1], start_ids=[start], max_new_tokens=10, eos_ids=(stop,))
     assert ended.shape[1] <= 3
     assert ended[0, -1] == stop
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_composed_lora_generates_what_peft_generates(make: Callable[..., Path], cache: Path, name: str) -> None:
+    """base+lora: the composition's graphs come from the base's cache, hold its record, and say what PEFT says live."""
+    base = make(name)
+    adapter = random_lora(base, base.parent / "lora", auto="AutoModelForSeq2SeqLM", task_type="SEQ_2_SEQ_LM")
+    out = base.parent / "out"
+    record = compose(plan_folders(base, [(adapter, 4.0)], export=Export.ONNX), out, cache_dir=cache).record
+    assert record["export"]["files"] == [ENCODER_FILE, DECODER_FILE]
+    assert record["export"]["max_abs_diff"] <= record["export"]["tolerance"]
+    assert {ENCODER_FILE, DECODER_FILE, "model.safetensors"} <= {path.name for path in out.iterdir()}
+    live = peft.PeftModel.from_pretrained(build(name), adapter)
+    for part in live.modules():
+        if hasattr(part, "set_scale"):
+            part.set_scale("default", 4.0)
+    start = live.config.decoder_start_token_id
+    got = generate_seq2seq(open_seq2seq(out), IDS, MASK, start_ids=[start], max_new_tokens=10)
+    expected = torch_tokens(live.eval())
+    assert np.array_equal(got, expected)
+    assert not np.array_equal(got, torch_tokens(build(name)))
 
 
 def test_wrong_offset_is_caught_and_leaves_no_graph(
