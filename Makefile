@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on a real model: publish, ask, compose, export, run
 #   make test    the whole suite
+#   make soak    what takes too long for that: 200 times kill -9 in each operation, 32 publishers at once
 #   make bench   the merge against cp and PEFT on a model of 2.2 GB
 #
 # RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.
@@ -15,13 +16,16 @@ WORKERS ?= 2
 EXTRAS_cpu := cpu,genai
 EXTRAS_cuda := cuda
 
-.PHONY: demo test bench lint install docs clean
+.PHONY: demo test soak bench lint install docs clean
 
 demo: install
 	$(BIN)/python examples/demo.py
 
 test: install lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+soak: install
+	$(BIN)/python -m tests.faults
 
 bench: install
 	$(BIN)/python -m tests.bench

@@ -24,6 +24,7 @@ __all__ = ["COMMANDS"]
 @click.option("--tag", "tags", multiple=True, help="A word to search for; may be repeated.")
 @click.option("--description", help="One paragraph.")
 @click.option("--private/--public", default=None, help="Whether only the namespace's members see a new adapter.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep weights that hold NaN or infinity; compose refuses them.")
 @common_options
 @pass_settings
 def publish(
@@ -36,11 +37,14 @@ def publish(
     tags: tuple[str, ...],
     description: str | None,
     private: bool | None,
+    allow_nonfinite: bool,
 ) -> None:
     """Publish the adapter in DIR as a new version.
 
     A version never changes: the same bytes again are no news, other bytes under the same version are a conflict.
     """
+    from cli.views import template_lines
+
     with settings.progress() as progress:
         result = settings.registry.publish(
             folder,
@@ -51,13 +55,20 @@ def publish(
             tags=tags,
             description=description,
             private=private,
+            allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
     info = result.version
     ref = f"{info.name}@{info.version}"
     text = f"published {ref}" if result.created else f"{ref} holds these very bytes already"
     kind = f"{info.kind}, {info.parameters:,} parameters"
-    emit(settings, result, lambda: f"{text}\n{info.digest}\n{kind}", lambda: ref, result.warnings)
+    emit(
+        settings,
+        result,
+        lambda: f"{text}\n{info.digest}\n{kind}{template_lines(result.chat_template_diff)}",
+        lambda: ref,
+        result.warnings,
+    )
 
 
 @click.command("list")

@@ -48,7 +48,8 @@ def add(
             progress=progress,
         )
     verb = "registered" if info.created else "already registered"
-    emit(settings, info, lambda: f"{verb}: {info.name}\n\n{base_block(info)}", lambda: info.fingerprint)
+    human = f"{verb}: {info.name}\n\n{base_block(info)}"
+    emit(settings, info, lambda: human, lambda: info.fingerprint, info.warnings)
 
 
 @base.command("list")

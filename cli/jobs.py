@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging.config
+import os
 import signal
-import threading
 from functools import partial
 
 import click
 
 from cli.listing import collect, limit_option
-from cli.options import JOB_STATES, Settings, common_options, pass_settings
+from cli.options import JOB_STATES, LOG_FORMATS, Settings, common_options, pass_settings
 from cli.output import emit
+from cli.service import end_now
 from composer.errors import UsageError
 
 __all__ = ["COMMANDS"]
+
+STOP_S = 10.0  # how long a block may take before what runs it is left behind
 
 
 @click.group()
@@ -67,33 +71,46 @@ _job_command("retry", "retry_job", "Queue a failed or cancelled job again.")
     show_default=True,
     help="How long a job may be silent before another worker takes it.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    help="Of the lines on stderr; json is one object a line.",
+)
 @common_options
 @pass_settings
-def worker(settings: Settings, slots: int, drain: bool, lease: float) -> None:
+def worker(settings: Settings, slots: int, drain: bool, lease: float, log_format: str) -> None:
     """Run jobs of the registry on this machine until interrupted.
 
-    Any number of workers may run, on any machine that reaches the database and REGISTRY_HOME. A worker that is killed
-    loses its job to another one when the lease ends.
+    Any number of workers may run, on any machine that reaches the database and REGISTRY_HOME. SIGTERM and Ctrl-C give
+    back what runs; a worker that is killed loses its job to another one when the lease ends.
     """
     if settings.url:
         raise UsageError("a worker runs where the registry lies", expected="no --url", found=settings.url)
+    from registry.logs import log_config
     from registry.services.worker import Worker
+
+    logging.config.dictConfig(log_config(log_format, "warning" if settings.format == "quiet" else "info"))
 
     local = settings.open_local()
     try:
         running = Worker(local, slots=slots, lease_s=lease)
-        done = threading.Event()
+        # A pipe and no event: a handler runs between two steps of the waiting thread, which may hold the event's lock.
+        told, tell = os.pipe()
         for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: (running.stopping.set(), done.set()))
+            signal.signal(name, lambda *_: running.stopping.set() if drain else os.write(tell, b"."))
         click.echo(running.name, err=settings.format == "quiet")
         if drain:
             running.drain()
             return
         running.start()
-        done.wait()
-        running.stop()
+        os.read(told, 1)
+        left_behind = not running.stop(STOP_S)
     finally:
         local.close()
+    if left_behind:
+        end_now()
 
 
 COMMANDS = {"jobs": jobs, "worker": worker}

@@ -25,6 +25,7 @@ __all__ = [
     "EXPORTS",
     "JOB_STATES",
     "LEVELS",
+    "LOG_FORMATS",
     "PRECISIONS",
     "RELATIONS",
     "ROLES",
@@ -47,6 +48,7 @@ RELATIONS = ("finetune", "quantized", "merged", "resized")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 SCOPES = ("read", "publish", "compose", "admin")
 ROLES = ("reader", "publisher", "owner")
+LOG_FORMATS = ("text", "json")
 FORMATS = ("human", "json", "quiet")
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from cli.options import Settings, common_options, pass_settings
+from cli.options import LOG_FORMATS, Settings, common_options, pass_settings
 from cli.output import emit
 from composer.errors import ConflictError, PolicyError, TypedError, UsageError
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "end_now"]
 
 RATE = 6000  # requests a minute of one token
 
@@ -50,6 +51,13 @@ RATE = 6000  # requests a minute of one token
     help="What compositions may take; default: all but 512 MiB.",
 )
 @click.option("--max-upload", type=click.IntRange(min=1), metavar="BYTES", help="The largest upload to take.")
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    help="Of the lines on stderr; json is one object a line.",
+)
 @common_options
 @pass_settings
 def serve(
@@ -62,12 +70,13 @@ def serve(
     max_queue: int,
     max_disk: int | None,
     max_upload: int | None,
+    log_format: str,
 ) -> None:
     """Serve the registry over HTTP until interrupted; its URL is printed on stdout.
 
     On a loopback address access is open, unless --require-tokens is given. Beyond it every request needs a token of
     'registry token create', and the service does not start before there is one. Put a proxy that speaks TLS in front.
-    The API is described at /api/v1/docs.
+    The API is described at /api/v1/docs; /api/v1/ready says whether it can serve, /metrics what Prometheus scrapes.
     """
     if settings.url:
         raise UsageError(
@@ -82,12 +91,18 @@ def serve(
         queue = JobService(local, limits=JobLimits(queued=max_queue, disk_bytes=max_disk), slots=jobs)
         app = _application(local, queue, tokens=require_tokens or not loopback, rate=rate, max_upload=max_upload)
         with _listen(address, port) as listener:
-            _run(app, listener, "warning" if settings.format == "quiet" else "info")
+            _run(app, listener, log_format, quiet=settings.format == "quiet")
     finally:
         local.close()
         if app is not None and app.state.left_behind:
-            sys.stderr.flush()
-            os._exit(0)  # a thread inside torch would make Python's own way out abort
+            end_now()
+
+
+def end_now() -> NoReturn:
+    """End the process where a thread was left behind: one inside torch would make Python's own way out abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _application(local: Any, queue: Any, *, tokens: bool, rate: int | None, max_upload: int | None) -> Any:
@@ -144,33 +159,32 @@ def _listen(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(app: Any, listener: socket.socket, level: str) -> None:
+def _run(app: Any, listener: socket.socket, log_format: str, *, quiet: bool) -> None:
+    """Serve until SIGINT or SIGTERM: what is being answered is finished, what is followed ends, jobs are given back."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_config=_log_config(), log_level=level, timeout_graceful_shutdown=5))
+    from registry.logs import log_config
+
+    class Server(uvicorn.Server):
+        """Says at once that it is closing, so that long answers end and balancers turn away."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            app.state.closing.set()
+            super().handle_exit(sig, frame)
+
+    level = "warning" if quiet else "info"
+    config = uvicorn.Config(
+        app, log_config=log_config(log_format, level), log_level=level, access_log=False, timeout_graceful_shutdown=5
+    )
+    server = Server(config)
     host, port = listener.getsockname()[:2]
     click.echo(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down: that is how a service ends
+    # uvicorn raises both signals again after it has shut down; as an exception they leave our own way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
         raise TypedError("the service did not start", remedy="look at the messages above, and at 'registry doctor'")
-
-
-def _log_config() -> dict[str, Any]:
-    """Uvicorn's and the registry's messages, on stderr."""
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {
-            "line": {
-                "()": "registry.redaction.RedactingFormatter",
-                "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s",
-            }
-        },
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {name: {"level": "INFO"} for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "registry")},
-    }
 
 
 @click.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cli.output import block, short, size, table
+from cli.output import block, clean, short, size, table
 from registry.schemas import (
     AuditEntry,
     BaseCheck,
@@ -45,6 +45,7 @@ __all__ = [
     "lineage_table",
     "namespace_table",
     "plan_block",
+    "template_lines",
     "token_table",
     "verdict_lines",
     "version_block",
@@ -248,7 +249,14 @@ def version_block(version: VersionInfo) -> str:
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]
     )
-    return f"{facts}\n\n{files_table(version.files)}"
+    return f"{facts}\n\n{files_table(version.files)}{template_lines(version.chat_template_diff)}"
+
+
+def template_lines(diff: str | None) -> str:
+    """How the chat template differs from the base's, below what else is said; nothing where it does not."""
+    if diff is None:
+        return ""
+    return "\n\nCHAT TEMPLATE, against the base's\n" + "\n".join(f"  {clean(line)}" for line in diff.splitlines())
 
 
 def files_table(files: Sequence[FileInfo]) -> str:
@@ -305,7 +313,8 @@ def plan_block(plan: PlanInfo) -> str:
     ]
     adapters = table(("ADAPTER", "WEIGHT", "TENSORS", "LEVEL", "REASON"), rows, "no adapters")
     files = table(("FILE", "SIZE"), [(name, size(count)) for name, count in plan.files.items()], "no files")
-    return f"{facts}\n\n{adapters}\n\n{files}"
+    templates = "".join(template_lines(item.chat_template_diff) for item in plan.adapters)
+    return f"{facts}\n\n{adapters}\n\n{files}{templates}"
 
 
 def composition_block(result: CompositionInfo) -> str:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError, UnsupportedQuantisationError
-from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.admission import refuse_pickles, refuse_remote_code
+from composer.errors import CorruptFileError, NotFoundError, UnsupportedQuantisationError
+from composer.files import FileSet, folder_files, read_json
 from composer.gguf import read_gguf
 from composer.gguf_config import build_config, check_rope_frequencies
 from composer.quantised import QuantisedTensor, Scheme, find_scheme, logical_tensors
@@ -99,13 +100,7 @@ def open_checkpoint(source: Path | FileSet) -> Checkpoint:
         headers, config = _open_gguf(files[gguf], config)
     assert config is not None
     _check_config(config)
-    if "auto_map" in config:
-        raise UnsafeFormatError(
-            f"{where} needs remote code (auto_map in config.json)",
-            expected="an architecture of the transformers library",
-            found=config["auto_map"],
-            remedy="convert the model to an architecture that transformers has built in",
-        )
+    refuse_remote_code("config.json", config)
     if not gguf:
         headers = {name: read_header(files[name]) for name in _shard_names(files, where)}
     stored: dict[str, TensorSpec] = {}

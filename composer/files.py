@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from composer.errors import CorruptFileError, NotFoundError, UnsafeFormatError
+from composer.errors import CorruptFileError, NotFoundError
 
-__all__ = ["FileSet", "copy_names", "folder_files", "git_oid", "read_json", "refuse_pickles", "sha256_file"]
+__all__ = ["FileSet", "copy_names", "folder_files", "git_oid", "read_json", "sha256_file", "unique_keys"]
 
 FileSet = Mapping[str, Path]
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_JSON_BYTES = 16 << 20
+MAX_JSON_DEPTH = 64
 QUANTISATION_CONFIGS = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ; a result is not quantised
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
 
@@ -48,14 +49,19 @@ def folder_files(folder: Path) -> dict[str, Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`, at most 16 MiB. Raises NotFoundError or CorruptFileError."""
+    """A JSON object from `path`, at most 16 MiB and 64 levels deep, each key once.
+
+    Raises NotFoundError or CorruptFileError.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CorruptFileError(
                 f"{path.name} is too large", expected=f"at most {MAX_JSON_BYTES} bytes", found=size, path=path
             )
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        if _deeper(value, MAX_JSON_DEPTH):
+            raise ValueError(f"more than {MAX_JSON_DEPTH} levels")
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist", remedy="check the path", path=path) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
@@ -69,18 +75,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_pickles(files: FileSet, wanted: str) -> None:
-    """Raise UnsafeFormatError when pickled weights lie where `wanted` is missing."""
-    pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
-        raise UnsafeFormatError(
-            f"{pickles[0]} is a pickle: loading it can run any program",
-            expected=wanted,
-            found=", ".join(pickles),
-            remedy="convert it where you trust it: load it with torch.load(weights_only=True) and save it with "
-            "safetensors.torch.save_file, or call save_pretrained(safe_serialization=True)",
-            files=pickles,
-        )
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no key is there twice: what readers make of one that is differs. Raises ValueError."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)[:20]
+        raise ValueError(f"each key once, but there are several of {twice}")
+    return entries
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value has more than so many levels of objects and lists."""
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels + 1):
+        layer = [
+            item
+            for each in layer
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, dict | list)
+        ]
+        if not layer:
+            return False
+    return True
 
 
 def copy_names(files: FileSet) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from composer.errors import CorruptFileError, UnsupportedQuantisationError
-from composer.tensors import MAX_NAME_LENGTH, SafetensorsHeader, TensorSpec
+from composer.tensors import MAX_TENSORS, SafetensorsHeader, TensorSpec, is_tensor_name
 
 __all__ = ["GgufSpec", "read_gguf"]
 
@@ -27,7 +27,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-MAX_STRING = 16 << 20
+MAX_STRING = 16 << 20  # one string, and all that are kept
+MAX_PAIRS = 100_000
 MAX_DIMENSIONS = 4
 # Types that are stored number by number, under the names that safetensors has for them.
 PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -57,13 +58,19 @@ def read_gguf(path: Path) -> tuple[SafetensorsHeader, dict[str, Any]]:
             version, tensors, pairs = (_number(file, code) for code in ("<I", "<Q", "<Q"))
             if version not in VERSIONS:
                 raise _corrupt(path, f"version {' or '.join(map(str, VERSIONS))}, little-endian", version)
+            if tensors > MAX_TENSORS or pairs > MAX_PAIRS:
+                raise _corrupt(path, f"at most {MAX_TENSORS} tensors and {MAX_PAIRS} pairs", f"{tensors} and {pairs}")
             metadata: dict[str, Any] = {}
+            kept_bytes = 0
             for _ in range(pairs):
                 key = _string(file)
                 value = _value(file, _number(file, "<I"))
                 if key in metadata:
                     raise _corrupt(path, "each key once", key)
                 metadata[key] = value
+                kept_bytes += len(key) + (len(value) if isinstance(value, str) else 8)
+                if kept_bytes > MAX_STRING:
+                    raise _corrupt(path, f"metadata of {MAX_STRING} bytes beside its arrays", "more")
             entries = [_entry(file) for _ in range(tensors)]
         except (struct.error, ValueError, OverflowError, OSError) as error:
             raise _corrupt(path, "a header of GGUF", f"{type(error).__name__}: {error}") from None
@@ -138,8 +145,8 @@ def _spec(path: Path, start: int, name: str, shape: tuple[int, ...], kind: int, 
             found=kind,
             remedy="convert the model again with a current llama.cpp, to Q8_0 or F16 for instance",
         ) from None
-    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or 0 in shape:
-        raise _corrupt(path, "printable names, and no dimension of 0", f"{name[:80]!r} {list(shape)}")
+    if not is_tensor_name(name) or 0 in shape:
+        raise _corrupt(path, "printable names that are no paths, and no dimension of 0", f"{name[:80]!r} {list(shape)}")
     block, nbytes = gguf.GGML_QUANT_SIZES[ggml]
     if shape[-1] % block:
         raise _corrupt(path, f"rows of {name!r} in blocks of {block}", shape[-1])

@@ -9,21 +9,52 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from composer.errors import CorruptFileError
+from composer.files import read_json
 from composer.kernels import Survival
 from composer.plan import Plan
 
-__all__ = ["composition_record", "manifest_digest"]
+__all__ = ["composition_record", "manifest_digest", "read_record", "record_file", "sealed"]
 
 SCHEMA = "composition/1"
 LOW_SURVIVAL = 0.5
+SEAL = "record_digest"
 
 
 def manifest_digest(files: Mapping[str, Mapping[str, int | str]]) -> str:
     """One digest for many files: sha256 over the sorted lines ``<sha256>  <name>``, with the prefix ``sha256:``."""
     lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(files.items()))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its own digest as the last field: it lists all files of a composition but itself."""
+    plain = {name: value for name, value in record.items() if name != SEAL}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return {**plain, SEAL: f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"}
+
+
+def record_file(record: Mapping[str, Any]) -> bytes:
+    """composition.json, byte for byte."""
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """composition.json as it was written. Raises NotFoundError, or CorruptFileError where a byte of it is another."""
+    record = read_json(path)
+    wanted = sealed(record)
+    if record.get(SEAL) != wanted[SEAL] or path.read_bytes() != record_file(wanted):
+        raise CorruptFileError(
+            f"{path} is not the record that was written",
+            expected=wanted[SEAL],
+            found=record.get(SEAL),
+            remedy="restore it, or compose again",
+            path=path,
+        )
+    return record
 
 
 def composition_record(

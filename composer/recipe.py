@@ -184,6 +184,8 @@ def parse_recipe(text: str, **settings: Any) -> Recipe:
 
     Raises RecipeError that points at the part which is wrong.
     """
+    if text != (readable := text.encode("utf-8", "replace").decode()):
+        raise _bad(readable, "text in UTF-8", readable)
     base, *terms = text.split("+")
     if not base.strip() or base != base.strip():
         raise _bad(text, "a base model first", base)
@@ -197,17 +199,17 @@ def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises RecipeError when the file cannot be read or a field is unknown, missing or of another type.
     """
-    import yaml
+    from composer.safe_yaml import load_yaml
 
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = load_yaml(path.read_text(encoding="utf-8"))
         if isinstance(fields.get("adapters"), list):
             fields["adapters"] = [_file_term(term) for term in fields["adapters"]]
         return Recipe.model_validate({**fields, **(changes or {})})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (OSError, UnicodeError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         found = " ".join(str(error).split())
     raise RecipeError(
         f"cannot read the recipe in {path}: {found}",

@@ -38,7 +38,7 @@ from composer.kernels import (
 from composer.methods import BoundMethod, find_method
 from composer.plan import IN_FLIGHT, LANES, ROOMS, THREADS, TILE_ROWS, Plan, ShardPlan, TensorJob, WeightedDelta
 from composer.probe import check_probe, probe
-from composer.provenance import composition_record
+from composer.provenance import composition_record, record_file, sealed
 from composer.sinks import FolderSink
 from composer.tensors import DTYPES, TensorSpec
 from composer.writer import ROOM_BYTES, HashingWriter, Room, Staging
@@ -70,12 +70,14 @@ def compose(
     progress: Progress | None = None,
     replace: bool = False,
     text: str | None = None,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run `plan` and publish the artefact at `out`, whole or not at all.
 
     inputs: what the caller knows of the base and of each adapter (digests, verdicts); goes into composition.json.
     cache_dir: where graphs are kept between exports. progress: called with (step, bytes done, bytes in all).
     text: what perplexity is measured on before and after, for the record (composer.probe).
+    confirm: called last; what it raises keeps the artefact from being published.
     Raises every TypedError of the steps; `out` is untouched then.
     """
     from composer.requantise import requantise  # built on this module
@@ -104,7 +106,9 @@ def compose(
             started = time.perf_counter()
             record["probe"] = probe(plan, sink.folder, text, lambda step: report(step, 0, 0))
             seconds["probe"] = time.perf_counter() - started
-        sink.write("composition.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        record = sealed(record)
+        sink.write("composition.json", record_file(record))
+        confirm()
         sink.commit()
     return Outcome(out, record, seconds)
 

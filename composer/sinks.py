@@ -1,7 +1,8 @@
 """Writers that end in commit() or cancel(): a result is visible whole or not at all.
 
 parent/.OUT.<random>.part/     everything is written here
-parent/OUT                     appears by one rename, after every file and folder is fsynced
+parent/OUT                     appears by one rename, after every file and folder is fsynced; where it replaces an
+                               older one, the two exchange their names in one step
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from types import TracebackType
 from typing import Self
 
 from composer.errors import ConflictError, StorageError
+from composer.parts import begin_part, exchange
 from composer.writer import HashingWriter, Staging
 
-__all__ = ["FolderSink", "fsync_folder", "storage_errors"]
+__all__ = ["FolderSink", "fsync_folder", "fsync_tree", "make_folder", "storage_errors"]
 
 
 @contextmanager
@@ -54,6 +56,36 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make a folder with all that lies in it durable; its name in the folder above too."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
+    fsync_folder(folder.parent)
+
+
+def _taken(out: Path) -> ConflictError:
+    return ConflictError(
+        f"{out} already exists",
+        expected="a new folder",
+        found="an existing file or folder",
+        remedy="choose another --out, or give --force to replace it",
+        path=out,
+    )
+
+
 class FolderSink:
     """A folder that appears at `out` on commit.
 
@@ -62,13 +94,7 @@ class FolderSink:
 
     def __init__(self, out: Path, *, replace: bool = False) -> None:
         if out.exists() and not replace:
-            raise ConflictError(
-                f"{out} already exists",
-                expected="a new folder",
-                found="an existing file or folder",
-                remedy="choose another --out, or give --force to replace it",
-                path=out,
-            )
+            raise _taken(out)
         if out.exists() and not (out / "composition.json").is_file():
             raise ConflictError(
                 f"{out} is not a composed model: it is not replaced",
@@ -77,11 +103,11 @@ class FolderSink:
                 remedy="choose another --out",
                 path=out,
             )
-        self.out = out
+        self.out, self._replace = out, replace
         self.files: dict[str, dict[str, int | str]] = {}
         with storage_errors(f"creating a folder beside {out}"):
             out.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+            self.folder, self._lock = begin_part(out)
 
     @contextmanager
     def open(self, name: str, staging: Staging | None = None) -> Iterator[HashingWriter]:
@@ -106,19 +132,24 @@ class FolderSink:
             self.files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
 
     def commit(self) -> None:
-        """Make the folder durable and visible."""
+        """Make the folder durable and visible. Raises ConflictError where another has appeared at `out` meanwhile."""
+        if self.out.exists() and not self._replace:
+            raise _taken(self.out)
         with storage_errors(f"publishing {self.out}"):
             self.folder.chmod(0o755)
             fsync_folder(self.folder)
-            if self.out.exists():
+            if not self.out.exists():
+                os.rename(self.folder, self.out)
+                fsync_folder(self.out.parent)
+            elif exchange(self.folder, self.out):
+                fsync_folder(self.out.parent)
+                shutil.rmtree(self.folder, ignore_errors=True)
+            else:  # between two renames a kill leaves the older one aside
                 old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".old", dir=self.out.parent))
                 os.rename(self.out, old / "replaced")
                 os.rename(self.folder, self.out)
                 fsync_folder(self.out.parent)
                 shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(self.folder, self.out)
-                fsync_folder(self.out.parent)
 
     def cancel(self) -> None:
         """Remove all that was written."""
@@ -132,3 +163,4 @@ class FolderSink:
     ) -> None:
         if self.folder.exists():
             self.cancel()
+        os.close(self._lock)

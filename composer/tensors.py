@@ -5,7 +5,8 @@
     rest      data, no holes, no overlap
 
 The header is validated by us before anything trusts it: the reference reader accepts duplicate keys (the last one
-wins) and control characters in names. Source: https://github.com/huggingface/safetensors#format
+wins), control characters and `../` in names, hundreds of thousands of empty tensors and any amount of metadata.
+Source: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import math
 import os
 import struct
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,32 @@ import ml_dtypes
 import numpy as np
 
 from composer.errors import CorruptFileError, NotFoundError
+from composer.files import unique_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["DTYPES", "FLOAT_DTYPES", "ArraySpec", "SafetensorsHeader", "TensorSpec", "encode_header", "read_header"]
+__all__ = [
+    "DTYPES",
+    "FLOAT_DTYPES",
+    "ArraySpec",
+    "SafetensorsHeader",
+    "TensorSpec",
+    "encode_header",
+    "is_tensor_name",
+    "read_adapter_header",
+    "read_header",
+]
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit; the rest are ours, far above what any model has
+MAX_ADAPTER_HEADER_BYTES = 32 << 20
+MAX_METADATA_BYTES = 8 << 20
+MAX_METADATA_KEYS = 10_000
+MAX_TENSORS = 200_000
+MAX_EMPTY_TENSORS = 1_000
+MAX_DIMENSIONS = 32
+MAX_EMPTY_SIZE = 2**31  # of a tensor without data, which no file size bounds
+MAX_TOKENS = 10_000_000  # commas and brackets in a header: what bounds the memory of parsing it
 MAX_NAME_LENGTH = 1024
 DATA_ALIGNMENT = 4096
 COPY_BYTES = 1 << 20
@@ -145,35 +164,41 @@ class SafetensorsHeader:
     size: int
 
 
-def read_header(path: Path) -> SafetensorsHeader:
+def read_header(path: Path, *, limit: int = MAX_HEADER_BYTES) -> SafetensorsHeader:
     """Read and validate the header of one safetensors file; the data is not touched.
 
-    Raises NotFoundError, or CorruptFileError that names what is wrong (length, JSON, duplicate key, dtype, shape,
-    ranges that overlap, leave holes or do not end at the end of the file).
+    limit: the most bytes that the header may have. Raises NotFoundError, or CorruptFileError that names what is wrong
+    (length, JSON, duplicate key, too much of something, name, dtype, shape, ranges that overlap, leave holes or do not
+    end at the end of the file).
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise _corrupt(path, f"a header length between 2 and {max(size - 8, 0)}", length)
+            longest = min(limit, MAX_HEADER_BYTES, size - 8)
+            if not 2 <= length <= longest:
+                raise _corrupt(path, f"a header length between 2 and {max(longest, 0)}", length)
             raw = file.read(length)
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist", remedy="check the path", path=path) from None
+    if raw[:1] != b"{":
+        raise _corrupt(path, "a header that begins with {", repr(raw[:8])[1:])
+    tokens = sum(map(raw.count, (b",", b"[", b"{")))
+    if tokens > MAX_TOKENS:
+        raise _corrupt(path, f"at most {MAX_TOKENS} commas and brackets in the header", tokens)
     try:
-        entries = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
+        entries = json.loads(raw, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a key twice, a giant number, too deep
         raise _corrupt(path, "a JSON header", f"{type(error).__name__}: {error}") from None
-    if not isinstance(entries, dict) or raw[:1] != b"{":
-        raise _corrupt(path, "a JSON object as header", type(entries).__name__)
-    metadata = entries.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # MLX writes null; the reference reader takes it for none
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _corrupt(path, "__metadata__ that maps strings to strings", metadata)
+    metadata = _metadata(path, entries.pop("__metadata__", None))
+    if len(entries) > MAX_TENSORS:
+        raise _corrupt(path, f"at most {MAX_TENSORS} tensors", len(entries))
     specs = sorted(
         (_spec(path, name, entry, 8 + length) for name, entry in entries.items()), key=lambda s: (s.offset, s.nbytes)
     )
+    if (empty := sum(spec.nbytes == 0 for spec in specs)) > MAX_EMPTY_TENSORS:
+        raise _corrupt(path, f"at most {MAX_EMPTY_TENSORS} tensors without data", empty)
     position = 8 + length
     for spec in specs:
         if spec.offset != position:
@@ -184,28 +209,46 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(path, {spec.name: spec for spec in specs}, metadata, size)
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise _corrupt(path, "each key once", sorted(key for key, count in counts.items() if count > 1)[:20])
-    return entries
+def read_adapter_header(path: Path) -> SafetensorsHeader:
+    """As `read_header`, for a file that a stranger made: a header of 32 MiB names more than any adapter changes."""
+    return read_header(path, limit=MAX_ADAPTER_HEADER_BYTES)
+
+
+def _metadata(path: Path, found: Any) -> dict[str, str]:
+    """The free texts of a header. MLX writes null; the reference reader takes it for none."""
+    metadata = {} if found is None else found
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _corrupt(path, "__metadata__ that maps strings to strings", type(metadata).__name__)
+    nbytes = sum(len(key) + len(value) for key, value in metadata.items())
+    if len(metadata) > MAX_METADATA_KEYS or nbytes > MAX_METADATA_BYTES:
+        limits = f"at most {MAX_METADATA_KEYS} texts of {MAX_METADATA_BYTES} characters in __metadata__"
+        raise _corrupt(path, limits, f"{len(metadata)} texts of {nbytes} characters")
+    return metadata
 
 
 def _spec(path: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
-    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or ".." in name.split("/"):
-        raise _corrupt(path, "printable tensor names without path traversal", repr(name[:80]))
+    if not is_tensor_name(name):
+        raise _corrupt(path, "printable tensor names that are no paths", repr(name[:80]))
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _corrupt(path, f"dtype, shape and data_offsets for {name!r}", entry)
+        raise _corrupt(path, f"dtype, shape and data_offsets for {name!r}", str(entry)[:200])
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _corrupt(path, f"a dtype of {', '.join(DTYPES)} for {name!r}", dtype)
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _corrupt(path, f"natural numbers as shape and data_offsets of {name!r}", entry)
+        raise _corrupt(path, f"a dtype of {', '.join(DTYPES)} for {name!r}", str(dtype)[:80])
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        limits = f"two natural numbers as data_offsets of {name!r}, and at most {MAX_DIMENSIONS} as its shape"
+        raise _corrupt(path, limits, str(entry)[:200])
+    if 0 in shape and max(shape) >= MAX_EMPTY_SIZE:
+        raise _corrupt(path, f"sizes under {MAX_EMPTY_SIZE} of {name!r}, which has no data", shape)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise _corrupt(path, f"{nbytes} bytes of data for {name!r} {dtype} {shape}", f"{offsets[1] - offsets[0]} bytes")
     return TensorSpec(name, dtype, tuple(shape), data_start + offsets[0], nbytes, path)
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor may be called so: printable, not too long, and no path out of a folder on any system."""
+    parts = name.replace("\\", "/").split("/")
+    return 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable() and ".." not in parts and parts[0] != ""
 
 
 def _naturals(value: Any) -> bool:

@@ -10,6 +10,7 @@ from alembic import context
 from registry.db import create_database_engine
 from registry.models import Key, Model, UtcDateTime
 
+LOCK = 0x6D696772  # any number that nothing else of this database takes
 TEXT_INDEX = ("version_text", "ix_adapter_versions_text")
 
 
@@ -28,7 +29,7 @@ def render_item(kind: str, item: Any, autogen_context: Any) -> str | bool:
 
 
 def run() -> None:
-    """Migrate in one transaction."""
+    """Migrate in one transaction, one process at a time: who comes second finds the work done."""
     engine = context.config.attributes.get("engine") or create_database_engine(os.environ["REGISTRY_DATABASE_URL"])
     with engine.connect().execution_options(writes=True) as connection:
         context.configure(
@@ -39,8 +40,11 @@ def run() -> None:
             render_item=render_item,
             include_name=include_name,
             transaction_per_migration=False,
+            transactional_ddl=True,  # SQLite's is, where the driver does not commit by itself
         )
         with context.begin_transaction():
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
             context.run_migrations()
         connection.commit()
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from composer.adapters import Adapter
 from composer.checkpoint import open_checkpoint
 from composer.errors import CorruptFileError
+from composer.safe_yaml import load_yaml
 from registry.compat import BaseClaim
 from registry.fingerprint import Fingerprint, fingerprint_checkpoint
 from registry.interface import Progress
@@ -49,17 +48,20 @@ def read_card(path: Path | None) -> Card:
         fingerprint=fingerprint if isinstance(fingerprint, str) and FINGERPRINT.fullmatch(fingerprint) else None,
         base_model=_text(fields.get("base_model")),
         license=_text(fields.get("license")),
-        tags=tuple(tag for tag in fields.get("tags") or () if isinstance(tag, str)),
+        tags=tuple(tag for tag in _list(fields.get("tags")) if isinstance(tag, str)),
         description=_first_paragraph(body),
     )
 
 
 def split_card(text: str, name: str = "README.md") -> tuple[dict[str, Any], str]:
-    """(front matter, what follows it); without front matter ({}, text). Raises CorruptFileError for bad YAML."""
+    """(front matter, what follows it); without front matter ({}, text).
+
+    Raises CorruptFileError for YAML that does not parse, has merge keys or is longer than 64 KiB.
+    """
     match = re.match(r"---\s*\n(.*?)\n---\s*\n?(.*)", text, re.DOTALL)
     try:
-        fields = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError as error:
+        fields = load_yaml(match[1]) if match else {}
+    except ValueError as error:
         raise CorruptFileError(
             f"the front matter of {name} is not YAML",
             expected="YAML between two lines ---",
@@ -70,7 +72,12 @@ def split_card(text: str, name: str = "README.md") -> tuple[dict[str, Any], str]
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else value[0] if isinstance(value, list) and value else None
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, str) else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _first_paragraph(text: str) -> str:

@@ -107,6 +107,7 @@ class RemoteRegistry:
         progress: Progress | None = None,
     ) -> BaseInfo:
         """Upload a checkpoint (its weights and the files that go along), which a job on the service fingerprints."""
+        from composer.admission import left_out
         from composer.checkpoint import INDEX, open_checkpoint
         from composer.files import copy_names
         from registry.names import base_name, slug
@@ -119,7 +120,8 @@ class RemoteRegistry:
                   "license": license}  # fmt: skip
         files = {item: checkpoint.files[item] for item in names}
         job = self._upload("/bases?background=true", JobInfo, fields, files, progress)
-        return self._wait(job, BaseInfo, progress)[1]
+        info = self._wait(job, BaseInfo, progress)[1]
+        return info.model_copy(update={"warnings": (*left_out(checkpoint.files), *info.warnings)})
 
     def list_bases(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[BaseInfo]:
         """Registered bases by name."""
@@ -185,10 +187,12 @@ class RemoteRegistry:
         tags: tuple[str, ...] = (),
         description: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> PublishResult:
         """Upload an adapter; its base, where that is a folder of this machine, is fingerprinted here."""
         from composer.adapters import open_adapter
+        from composer.admission import admit, left_out
         from registry.claims import claim_from_folder, fingerprint_folder, read_card
         from registry.services.publishing import publishable_files
 
@@ -201,8 +205,13 @@ class RemoteRegistry:
             base = claim_from_folder(adapter, card, read_paths=True, progress=progress).fingerprint
         fields = {"name": "/".join(adapter_name(name)), "version": version, "base": base, "license": license,
                   "tags": tags, "description": description,
-                  "private": None if private is None else str(private).lower()}  # fmt: skip
-        return self._upload("/adapters", PublishResult, fields, publishable_files(adapter), progress)
+                  "private": None if private is None else str(private).lower(),
+                  "allow_nonfinite": "true" if allow_nonfinite else None}  # fmt: skip
+        chosen = publishable_files(adapter)
+        admit(chosen)
+        result = self._upload("/adapters", PublishResult, fields, chosen, progress)
+        unsafe = left_out(set(adapter.files) - set(chosen))
+        return result.model_copy(update={"warnings": (*unsafe, *result.warnings)})
 
     def import_model(
         self,

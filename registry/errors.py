@@ -14,7 +14,8 @@ ConflictError
 ├── RepositoryExistsError      a repository has that name
 ├── RefExistsError             the repository has that branch or tag
 ├── StaleParentError           somebody else has committed since
-└── DependentsError            something that is in use is to be removed
+├── DependentsError            something that is in use is to be removed
+└── CollectedError             stored bytes were removed before anything named them
 TypedError
 └── HubUnreachableError        the hub of an import does not answer as one
 PolicyError
@@ -41,6 +42,7 @@ __all__ = [
     "BaseChangedError",
     "BaseNotFoundError",
     "BlobCorruptError",
+    "CollectedError",
     "DependentsError",
     "DiskLimitError",
     "EntryNotFoundError",
@@ -103,6 +105,12 @@ class DependentsError(ConflictError):
     """Something that is in use is to be removed; `fields['dependents']` lists what uses it."""
 
     code = "in-use"
+
+
+class CollectedError(ConflictError):
+    """Stored bytes were removed before anything named them."""
+
+    code = "collected"
 
 
 class YankedError(PolicyError):

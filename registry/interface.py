@@ -119,11 +119,13 @@ class Registry(Protocol):
         tags: tuple[str, ...] = (),
         description: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> PublishResult:
         """Publish an adapter folder. `base`: a registered name, a fingerprint, or (locally) a checkpoint folder.
 
-        private: whether a new adapter is seen by the members of its namespace only.
+        private: whether a new adapter is seen by the members of its namespace only. allow_nonfinite: NaN and infinities
+        in its weights are a warning and no error; compose still refuses them.
         """
         ...
 

@@ -4,7 +4,7 @@
     adapters ── adapter_versions ── version_files, version_tags, version_downloads, signature ── signature_targets
              └─ aliases ──┘
     repositories ── commits ── commit_files       what was pushed through the Hub's protocol; published commits
-                 └─ refs ────────┘                name their version or base
+                 └─ refs ────────┘                name their version or base; received: who sent which bytes
     jobs            what runs in the background: one a compose, a base to fingerprint …
     tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
     compositions    one a finished recipe over known inputs (composition_inputs): cache key and proof
@@ -51,6 +51,7 @@ __all__ = [
     "MemberRow",
     "Model",
     "QuarantineRow",
+    "ReceivedRow",
     "RefRow",
     "RepositoryRow",
     "SignatureRow",
@@ -128,6 +129,8 @@ class BaseModelRow(Model):
     nbytes: Mapped[int] = mapped_column(BigInteger)
     location: Mapped[str] = mapped_column(Text)
     license: Mapped[str | None] = mapped_column(String(100))
+    # The digests of the adapters that are merged into it, where it was composed here.
+    made_of: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("base_models.id", ondelete="RESTRICT"), index=True)
     relation: Mapped[str | None] = mapped_column(String(20))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
@@ -179,18 +182,20 @@ class BaseTensorRow(Model):
 
 
 class AdapterRow(Model):
-    """A name that versions live under."""
+    """A name that versions live under. `downloads`: of all of them, those that were deleted too."""
 
     __tablename__ = "adapters"
     __table_args__ = (
         UniqueConstraint("namespace", "name"),
         Index("ix_adapters_private", "namespace", sqlite_where=text("private = 1"), postgresql_where=text("private")),
+        Index("ix_adapters_downloads", "downloads", "id"),
     )
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     namespace: Mapped[str] = mapped_column(String(100))
     name: Mapped[str] = mapped_column(String(100))
     private: Mapped[bool] = mapped_column(default=False)
+    downloads: Mapped[int] = mapped_column(BigInteger, default=0)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     versions: Mapped[list[VersionRow]] = relationship(back_populates="adapter", cascade="all, delete-orphan")
@@ -476,7 +481,10 @@ class TombstoneRow(Model):
 
 
 class RepositoryRow(Model):
-    """A repository of the Hub's protocol that was created or pushed to. Adapters and bases are repositories without."""
+    """A repository of the Hub's protocol that was created or pushed to. Adapters and bases are repositories without.
+
+    private: as the adapter of that name is, or will be.
+    """
 
     __tablename__ = "repositories"
     __table_args__ = (UniqueConstraint("namespace", "name"),)
@@ -484,6 +492,7 @@ class RepositoryRow(Model):
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     namespace: Mapped[str] = mapped_column(String(100))
     name: Mapped[str] = mapped_column(String(100))
+    private: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     @property
@@ -525,6 +534,16 @@ class CommitFileRow(Model):
     path: Mapped[str] = mapped_column(String(500), primary_key=True)
     size: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
+
+
+class ReceivedRow(Model):
+    """A subject has sent the bytes of this digest (a blob's sha256 or a xorb's hash), so it may name them in a push."""
+
+    __tablename__ = "received"
+
+    subject: Mapped[str] = mapped_column(String(200), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 
 class RefRow(Model):

@@ -42,6 +42,7 @@ __all__ = [
     "PlanInfo",
     "PlannedAdapter",
     "PublishResult",
+    "Readiness",
     "Reason",
     "Relation",
     "TokenInfo",
@@ -185,6 +186,11 @@ class FileInfo(Schema):
     sha256: str
 
 
+TEMPLATE_DIFF = Field(
+    default=None, description="unified diff from the base's chat templates to the adapter's; null where they are alike"
+)
+
+
 class BaseInfo(Schema):
     """A registered base model."""
 
@@ -207,6 +213,7 @@ class BaseInfo(Schema):
     relation: Relation | None = None
     created_at: datetime
     created: bool = Field(default=False, description="whether this call registered it")
+    warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
 
 
 class VersionInfo(Schema):
@@ -237,6 +244,7 @@ class VersionInfo(Schema):
     downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
+    chat_template_diff: str | None = TEMPLATE_DIFF
     created_at: datetime
 
 
@@ -254,6 +262,7 @@ class PublishResult(Schema):
     created: bool
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    chat_template_diff: str | None = TEMPLATE_DIFF
 
 
 class CompatibleAdapter(Schema):
@@ -279,6 +288,7 @@ class PlannedAdapter(Schema):
     weight: float
     verdict: Verdict
     tensors: int
+    chat_template_diff: str | None = TEMPLATE_DIFF
 
 
 class PlanInfo(Schema):
@@ -435,6 +445,15 @@ class Collected(Schema):
     jobs: int = Field(description="jobs that ended long ago")
     records: int = Field(description="records of compositions made long ago")
     nbytes: int
+
+
+class Readiness(Schema):
+    """Whether requests can be served."""
+
+    ready: bool = Field(description="all of the following")
+    database: bool = Field(description="it answers")
+    migrations: bool = Field(description="its schema is the one that this version expects")
+    store: bool = Field(description="it takes files")
 
 
 class DoctorCheck(Schema):

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from composer.adapters import open_adapter
 from composer.errors import CorruptFileError, IntegrityError, NotFoundError
-from composer.files import read_json, sha256_file
-from composer.provenance import manifest_digest
+from composer.files import sha256_file
+from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Export, Recipe, is_path
 from registry.claims import fingerprint_folder
 from registry.interface import Progress, Registry
@@ -41,7 +41,7 @@ def undo(
     Raises NotFoundError (no record, no such adapter in it, an input that is gone), CorruptFileError (a record that is
     none), IntegrityError (an input changed, or the tensors are not the base's), and what `compose` raises.
     """
-    record = read_json(folder.expanduser() / "composition.json")
+    record = read_record(folder.expanduser() / "composition.json")
     recipe = recipe_without(record, adapters)
     result = registry.compose(recipe, out, replace=replace, accept_licences=True, progress=progress)
     if not recipe.adapters:

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from composer.adapter_config import check_config
 from composer.additions import Addition
+from composer.admission import refuse_pickles, refuse_remote_code
 from composer.conditions import holds
 from composer.deltas import Delta
 from composer.errors import (
@@ -28,13 +30,13 @@ from composer.errors import (
     UnknownAdapterTypeError,
     UnsupportedAdapterError,
 )
-from composer.files import FileSet, folder_files, read_json, refuse_pickles
+from composer.files import FileSet, folder_files, read_json
 from composer.flattened import FLATTENED, flattened_candidates
 from composer.formats import View, find_format, readable
 from composer.quantised import QuantisedTensor
 from composer.renames import FAMILIES, module_names
 from composer.sizes import SIZE_MARK, model_sizes
-from composer.tensors import SafetensorsHeader, TensorSpec, read_header
+from composer.tensors import SafetensorsHeader, TensorSpec, read_adapter_header
 
 __all__ = [
     "ANY_SIZE",
@@ -269,6 +271,7 @@ def open_adapter(source: Path | FileSet) -> Adapter:
     files = folder_files(source) if isinstance(source, Path) else source
     where = str(source) if isinstance(source, Path) else "the adapter"
     config = read_json(files[CONFIG]) if CONFIG in files else None
+    refuse_remote_code(CONFIG, config or {})
     found = find_format(files, config)
     if found is not None:
         view = found.read(files, config)
@@ -282,11 +285,7 @@ def open_adapter(source: Path | FileSet) -> Adapter:
             found=", ".join(list(files)[:8]) or "an empty folder",
             remedy="a base model goes to 'registry base add'" if "config.json" in files else "check the path",
         )
-    named = view.config.get("base_model_name_or_path")
-    if named is not None and not isinstance(named, str):
-        raise CorruptFileError(
-            f"{CONFIG}: the name of the base is not a text", expected="a name", found=named, remedy="correct it"
-        )
+    check_config(view.config)
     if not view.header.tensors:
         raise CorruptFileError(
             f"{view.header.path.name} holds no tensors",
@@ -309,7 +308,7 @@ def _peft_view(where: str, files: FileSet, config: dict[str, Any]) -> View:
             found=", ".join(list(files)[:8]),
             remedy="save the adapter with PEFT's save_pretrained",
         )
-    return View(config, read_header(files[WEIGHTS]), (CONFIG, WEIGHTS))
+    return View(config, read_adapter_header(files[WEIGHTS]), (CONFIG, WEIGHTS))
 
 
 def _find_kind(config: dict[str, Any]) -> AdapterKind:

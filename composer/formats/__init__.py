@@ -17,8 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from composer.admission import refuse_pickles
 from composer.errors import CorruptFileError, NotFoundError, UnsupportedAdapterError
-from composer.files import FileSet, refuse_pickles
+from composer.files import FileSet
 from composer.tensors import DTYPES, SafetensorsHeader, TensorSpec
 
 __all__ = [

@@ -27,7 +27,7 @@ from composer.formats import (
     require_weights,
     view_header,
 )
-from composer.tensors import SafetensorsHeader, TensorSpec, read_header
+from composer.tensors import SafetensorsHeader, TensorSpec, read_adapter_header
 
 __all__ = ["AdapterHub"]
 
@@ -79,7 +79,7 @@ class AdapterHub:
                 "save it with save_adapter(with_head=False), or leave the head's files out",
             )
         require_weights(files, WEIGHTS, "save_adapter(use_safetensors=True)")
-        header = read_header(files[WEIGHTS])
+        header = read_adapter_header(files[WEIGHTS])
         if bottleneck:
             base = {"model_type": config.get("model_type"), "base_model_name_or_path": config.get("model_name")}
             peft = {**method, **base, "peft_type": BOTTLENECK}

@@ -17,7 +17,7 @@ from typing import Any
 
 from composer.files import FileSet
 from composer.formats import View, adapter_format, damaged, refuse, renamed, view_header, weight_files
-from composer.tensors import SafetensorsHeader, TensorSpec, read_header
+from composer.tensors import SafetensorsHeader, TensorSpec, read_adapter_header
 
 __all__ = ["Diffusers"]
 
@@ -50,7 +50,7 @@ class Diffusers:
         weights = weight_files(files)
         if config is not None or "config.json" in files or len(weights) != 1:
             return False
-        return any(NAME.fullmatch(name) for name in read_header(files[weights[0]]).tensors)
+        return any(NAME.fullmatch(name) for name in read_adapter_header(files[weights[0]]).tensors)
 
     def read(self, files: FileSet, config: Mapping[str, Any] | None) -> View:
         """PEFT's config from the metadata, or the one that diffusers infers from the shapes.
@@ -59,7 +59,7 @@ class Diffusers:
         without metadata; CorruptFileError for tensors or metadata that are not this format's.
         """
         name = weight_files(files)[0]
-        header = read_header(files[name])
+        header = read_adapter_header(files[name])
         component = _component(header)
         view = view_header(header, [_spec(spec, component) for spec in header.tensors.values()])
         peft = _stated(header, component) or _inferred(view)

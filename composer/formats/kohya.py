@@ -19,7 +19,7 @@ from typing import Any
 
 from composer.files import FileSet
 from composer.formats import View, adapter_format, damaged, is_number, refuse, renamed, view_header, weight_files
-from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec, read_header
+from composer.tensors import FLOAT_DTYPES, SafetensorsHeader, TensorSpec, read_adapter_header
 
 __all__ = ["Kohya"]
 
@@ -53,7 +53,7 @@ class Kohya:
         weights = weight_files(files)
         if config is not None or "config.json" in files or len(weights) != 1:
             return False
-        return any(NAME.fullmatch(name) for name in read_header(files[weights[0]]).tensors)
+        return any(NAME.fullmatch(name) for name in read_adapter_header(files[weights[0]]).tensors)
 
     def read(self, files: FileSet, config: Mapping[str, Any] | None) -> View:
         """The config of LoRA, LoHa or LoKr with each module's rank and alpha; the alphas are read, a number each.
@@ -62,7 +62,7 @@ class Kohya:
         inputs; CorruptFileError for tensors that are not this format's.
         """
         name = weight_files(files)[0]
-        header = read_header(files[name])
+        header = read_adapter_header(files[name])
         modules = _modules(header)
         kind = _kind(modules)
         ranks = {flat: _rank(flat, parts, kind) for flat, parts in modules.items()}

@@ -26,7 +26,7 @@ from composer.formats import (
     transposed,
     view_header,
 )
-from composer.tensors import SafetensorsHeader, TensorSpec, read_header
+from composer.tensors import SafetensorsHeader, TensorSpec, read_adapter_header
 
 __all__ = ["Mlx"]
 
@@ -66,7 +66,7 @@ class Mlx:
             raise refuse(f"fine_tune_type {kind!r} is not known", "lora or dora", kind, "train a LoRA or a DoRA")
         require_weights(files, WEIGHTS, "a version of mlx-lm that writes it (earlier ones wrote adapters.npz)")
         rank, scale = _numbers(config.get("lora_parameters"))
-        header = read_header(files[WEIGHTS])
+        header = read_adapter_header(files[WEIGHTS])
         peft = {
             "peft_type": "LORA",
             "r": rank,

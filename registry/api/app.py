@@ -1,6 +1,6 @@
-"""The FastAPI application: everything under /api/v1, health outside, failures in one shape.
+"""The FastAPI application: everything under /api/v1, failures in one shape, and what operators ask outside.
 
-GET  /healthz
+GET  /healthz   /api/v1/health   /api/v1/ready   /metrics
 POST GET      /api/v1/bases                         GET /bases/{[namespace/]name}   …/adapters   …/inspect
 POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
@@ -18,11 +18,10 @@ GET           /api/v1/audit   /whoami   /doctor     POST /collections
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -30,11 +29,14 @@ from starlette.concurrency import run_in_threadpool
 from registry import __version__
 from registry.access import Authenticator, Scope
 from registry.api.deps import require
+from registry.api.examples import add_examples
 from registry.api.failures import RESPONSES, add_handlers
 from registry.api.guard import SameOrigin
 from registry.api.hub import lfs, listing, reading, repos, writing, xet
 from registry.api.hub.signing import Signer
-from registry.api.limits import MAX_JSON_BYTES, BodyLimit, RateLimit
+from registry.api.limits import BodyLimit, RateLimit
+from registry.api.metrics import Metrics
+from registry.api.observing import Observed
 from registry.api.routes import access, adapters, bases, compositions, conversions, health
 from registry.api.routes import jobs as job_routes
 
@@ -47,8 +49,6 @@ __all__ = ["MAX_UPLOAD_BYTES", "create_app"]
 MAX_UPLOAD_BYTES = 64 << 30
 PREFIX = "/api/v1"
 STOP_S = 10.0
-
-log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -68,14 +68,15 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        app.state.closing.clear()
         await run_in_threadpool(jobs.start)
         try:
             yield
         finally:
             app.state.closing.set()
-            app.state.left_behind = not await run_in_threadpool(_stop, jobs)
+            app.state.left_behind = not await run_in_threadpool(jobs.stop, STOP_S)
 
-    app = FastAPI(
+    app = _Application(
         title="Adapter registry",
         summary="Adapters tied to their base models by hash, and models composed from them",
         version=__version__,
@@ -93,8 +94,10 @@ def create_app(
     app.state.authenticators = authenticators
     app.state.rate_limit = None if requests_per_minute is None else RateLimit(requests_per_minute)
     app.state.closing = threading.Event()
-    app.add_middleware(BodyLimit, prefix=PREFIX, limit=MAX_JSON_BYTES)
+    app.state.metrics = Metrics(registry, jobs)
+    app.add_middleware(BodyLimit)
     app.add_middleware(SameOrigin, hosts=hosts)
+    app.add_middleware(Observed, metrics=app.state.metrics, prefix=PREFIX)
     add_handlers(app)
     for module in (bases, adapters, compositions, conversions, job_routes, access, health):
         app.include_router(module.router, prefix=PREFIX, dependencies=[Depends(require(Scope.READ))])
@@ -104,12 +107,11 @@ def create_app(
     return app
 
 
-def _stop(jobs: JobService) -> bool:
-    """Ask the worker to stop. One deep in a long step is left behind; its job is taken up at the next start."""
-    stopper = threading.Thread(target=jobs.stop, daemon=True)
-    stopper.start()
-    stopper.join(STOP_S)
-    if stopper.is_alive():
-        log.warning("the running job did not stop in time; it is taken up at the next start")
-        return False
-    return True
+class _Application(FastAPI):
+    """A FastAPI whose description has examples."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, made once."""
+        made = self.openapi_schema is not None
+        found: dict[str, Any] = super().openapi()
+        return found if made else add_examples(found)

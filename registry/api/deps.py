@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Query, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import UsageError
 from registry.access import LOCAL, Authenticator, Principal, Scope
+from registry.api.files import VerifiedResponse
 from registry.api.rules import refuse_path
 from registry.errors import AuthenticationError
 from registry.interface import DEFAULT_PAGE
+from registry.schemas import VersionInfo
 
 if TYPE_CHECKING:
     from registry.services.jobs import JobService
@@ -32,6 +34,7 @@ __all__ = [
     "Limit",
     "Registered",
     "VersionQuery",
+    "count_download",
     "file_response",
     "require",
     "usage_errors",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 MAX_PAGE = 1000
+WEIGHTS = (".safetensors", ".npz", ".gguf")
 
 
 async def principal_of(request: Request) -> Principal:
@@ -131,15 +135,29 @@ def usage_errors() -> Iterator[None]:
         raise UsageError("; ".join(problems), problems=problems) from None
 
 
-def file_response(
-    request: Request, path: Path, name: str, digest: str, more: Mapping[str, str] | None = None
-) -> Response:
-    """A download with Content-Length and ranges; its ETag is the digest, so that a cache may ask again for nothing.
+def count_download(request: Request, registry: Registered, version: VersionInfo, filename: str) -> None:
+    """One download of a version more, where a request gets its weights from their start."""
+    if filename.endswith(WEIGHTS) and "range" not in request.headers:
+        registry.count_download(version)
 
+
+def file_response(
+    request: Request,
+    path: Path,
+    name: str,
+    sha256: str,
+    *,
+    oid: str | None = None,
+    more: Mapping[str, str] | None = None,
+) -> Response:
+    """A download with Content-Length and ranges, of bytes that are checked as they are sent (registry.api.files).
+
+    Its ETag is the digest, or the `oid` that a client knows the file by, so that a cache may ask again for nothing.
     more: headers to add.
     """
-    etag = f'"{digest}"'
+    etag = f'"{oid or sha256}"'
     headers = {"ETag": etag, "X-Content-Type-Options": "nosniff", **(more or {})}
     if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
         return Response(status_code=304, headers=headers)
-    return FileResponse(path, media_type="application/octet-stream", filename=Path(name).name, headers=headers)
+    options: dict[str, Any] = {"media_type": "application/octet-stream", "filename": Path(name).name}
+    return VerifiedResponse(path, request.app.state.registry.store.chunks, sha256, headers=headers, **options)

@@ -1,4 +1,4 @@
-"""Limits on requests: how many of one caller, and how large a body that is no upload may be.
+"""Limits on requests: how many of one caller, and how large a body may be that is read into memory.
 
 A caller is a token that was recognised, or an address. Each has a bucket that holds a minute's worth of requests and
 fills steadily, so a burst is served and a flood is not; guesses at tokens count against the address.
@@ -6,6 +6,7 @@ fills steadily, so a burst is served and a flood is not; guesses at tokens count
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -20,9 +21,11 @@ from registry.api.failures import error_response
 from registry.api.rules import UploadTooLargeError
 from registry.errors import RateLimitError
 
-__all__ = ["MAX_JSON_BYTES", "BodyLimit", "RateLimit"]
+__all__ = ["MAX_BODY_BYTES", "BodyLimit", "RateLimit"]
 
-MAX_JSON_BYTES = 1 << 20
+MAX_BODY_BYTES = 2 << 20
+# What is streamed to the store, and limited there (--max-upload).
+STREAMED = re.compile(r"/api/v1/(bases|adapters)|/api/models/.+/commit/[^/]+|/lfs/[^/]+|/xet/v1/.+")
 REMEMBERED = 10_000
 
 
@@ -55,18 +58,16 @@ class RateLimit:
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body under `prefix` that is no multipart upload and too large."""
+    """ASGI middleware: 413 for a body that is too large, where it is not streamed to the store."""
 
-    def __init__(self, app: ASGIApp, prefix: str, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int = MAX_BODY_BYTES) -> None:
         self.app = app
-        self._prefix = prefix
         self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse by the declared length, or by what really comes."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        upload = headers.get("content-type", "").startswith("multipart/")
-        if scope["type"] != "http" or upload or not scope["path"].startswith(self._prefix):
+        if scope["type"] != "http" or STREAMED.fullmatch(scope["path"]):
             await self.app(scope, receive, send)
             return
         declared = headers.get("content-length", "")

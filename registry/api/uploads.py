@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from composer.errors import TypedError, UsageError
-from composer.sinks import storage_errors
+from composer.sinks import fsync_tree, storage_errors
 from registry.api.rules import MAX_FILES, UploadTooLargeError, check_file_name
 
 __all__ = ["MULTIPART", "Upload", "feed_body", "receive"]
@@ -77,6 +77,11 @@ class Upload:
         if name and FOLDER_NAME.fullmatch(name):
             with storage_errors("naming an upload"):
                 self.folder = self.folder.rename(self._place / name)
+
+    def settle(self) -> None:
+        """Make what arrived durable: before anything is told of it."""
+        with storage_errors("writing an upload"):
+            fsync_tree(self._place)
 
     def keep(self) -> None:
         """Leave the folder where it is."""

@@ -20,6 +20,7 @@ from registry.models import (
     BaseClosureRow,
     BaseModelRow,
     BaseTensorRow,
+    RepositoryRow,
     VersionDownloadsRow,
     VersionRow,
     now,
@@ -398,6 +399,8 @@ class Catalogue:
             require_role(session, row.adapter.namespace, Role.OWNER)
             if row.adapter.private != private:
                 row.adapter.private = private
+                own = (RepositoryRow.namespace == row.adapter.namespace, RepositoryRow.name == row.adapter.name)
+                session.execute(update(RepositoryRow).where(*own).values(private=private))
                 record(session, "visibility", row.adapter.full_name, private=private)
                 session.flush()
             return version_info(session, row)

@@ -1,37 +1,39 @@
 """`registry gc`: removes what nothing names any more, once it is old enough that nothing can be about to name it.
 
     stored files that no version names      after the grace period
-    half-written files, uploads             after the grace period
+    half-written files, uploads, imports    after the grace period
+    where chunks lay, and who sent them     after the grace period, once the bytes are gone
     jobs that ended, and their outputs      after `keep_jobs`
     records of compositions                 only where `keep_records` is given: they guard what they were made of
 
-Publishing stores a file first and names it in a row second, and touches a file that is there already. So a file that
-was touched within the grace period is left alone; and since a touch may come between the look and the removal, a file
-is moved aside first, looked at again, and moved back if it was touched.
+Publishing stores a file first and names it in a row second, and touches a file that is there already: the grace period
+is for the time between. Should it be too short, nothing is lost either: see registry.services.blobs.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sqlalchemy import Engine, delete, exists, func, select
+from sqlalchemy import Engine, delete, func, select
 
 from composer.errors import UsageError
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.db import refresh_statistics, session_scope
-from registry.models import BaseModelRow, CommitFileRow, CompositionRow, JobRow, VersionFileRow, now
+from registry.models import BaseModelRow, CompositionRow, JobRow, now
 from registry.schemas import Collected, JobState
 from registry.services.audit import acting, record
+from registry.services.blobs import exclude_naming, named_blobs
+from registry.services.received import forget_received
 from registry.store.layout import Layout
 
 __all__ = ["Collection"]
 
+BATCH = 200  # files that are removed in one transaction: others wait for it
 ACTIVE = (JobState.QUEUED.value, JobState.RUNNING.value)
 
 
@@ -58,7 +60,9 @@ class Collection:
                 "uploads": self._folders(self._unused_uploads(before), dry_run),
                 "compositions": self._folders(self._unused_compositions(before, jobs), dry_run),
             }
-            half = self._folders(_older(self._layout.incoming, before), dry_run)
+            half = self._folders(self._half_written(before), dry_run)
+        if not dry_run:
+            self._forget(before)
         result = Collected(
             dry_run=dry_run,
             blobs=counts["blobs"][0],
@@ -87,36 +91,35 @@ class Collection:
                     session.execute(delete(CompositionRow).where(old))
         return jobs, records
 
+    def _forget(self, before: float) -> None:
+        """What is known of bytes that are gone: where chunks lay in them, and who sent them."""
+        from registry.store.xorbs import collect_places
+
+        with storage_errors("collecting what nothing names"):
+            collect_places(self._layout, before)
+        with session_scope(self._engine, writes=True) as session:
+            forget_received(session, self._layout, datetime.fromtimestamp(before, UTC))
+
     def _blobs(self, before: float, dry_run: bool) -> tuple[int, int]:
         count = nbytes = 0
-        for path in self._layout.blobs.glob("??/*"):
-            stat = path.stat()
-            if stat.st_mtime >= before or self._named(path.name):
-                continue
-            if not dry_run and not self._remove_blob(path, before):
-                continue
-            count, nbytes = count + 1, nbytes + stat.st_size
+        old = list(_older(self._layout.blobs, before, "??/*"))
+        for start in range(0, len(old), BATCH):
+            batch = old[start : start + BATCH]
+            with session_scope(self._engine, writes=not dry_run) as session:
+                if not dry_run:
+                    exclude_naming(session)
+                named = named_blobs(session, [path.name for path in batch])
+                for path in batch:
+                    size = None if path.name in named else _remove_older(path, before, dry_run)
+                    count, nbytes = (count, nbytes) if size is None else (count + 1, nbytes + size)
         return count, nbytes
 
-    def _remove_blob(self, path: Path, before: float) -> bool:
-        self._layout.incoming.mkdir(parents=True, exist_ok=True)
-        aside = self._layout.incoming / f"collected-{path.name}"
-        os.rename(path, aside)
-        if aside.stat().st_mtime >= before or self._named(path.name):
-            os.rename(aside, path)
-            return False
-        aside.unlink()
-        return True
-
-    def _named(self, sha256: str) -> bool:
-        with session_scope(self._engine) as session:
-            return bool(
-                session.scalar(
-                    select(
-                        exists().where(VersionFileRow.sha256 == sha256) | exists().where(CommitFileRow.sha256 == sha256)
-                    )
-                )
-            )
+    def _half_written(self, before: float) -> Iterator[Path]:
+        yield from _older(self._layout.incoming, before)
+        yield from _older(self._layout.graphs, before, ".*.tmp")
+        for folder in self._layout.imports.glob("*"):  # one that goes on has a young file, whatever the folder says
+            if not any(path.stat().st_mtime >= before for path in (folder, *folder.rglob("*"))):
+                yield folder
 
     def _unused_uploads(self, before: float) -> Iterator[Path]:
         with session_scope(self._engine) as session:
@@ -152,5 +155,18 @@ class Collection:
         return count, nbytes
 
 
-def _older(folder: Path, before: float) -> Iterator[Path]:
-    return (path for path in folder.glob("*") if path.stat().st_mtime < before)
+def _older(folder: Path, before: float, pattern: str = "*") -> Iterator[Path]:
+    return (path for path in folder.glob(pattern) if path.stat().st_mtime < before)
+
+
+def _remove_older(path: Path, before: float, dry_run: bool) -> int | None:
+    """Remove a file that was not touched since it was looked at; returns its size, None where it stays."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # another collection was faster
+        return None
+    if stat.st_mtime >= before:
+        return None
+    if not dry_run:
+        path.unlink()
+    return stat.st_size

@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, select
+from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 
 import registry
 from composer.adapters import Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.companions import companion_files
-from composer.errors import TypedError, WeakCompatibilityError
+from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
 from composer.probe import probe_digest
-from composer.provenance import manifest_digest
+from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
+from composer.templates import chat_templates, template_diff
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
 from registry.db import session_scope
@@ -57,10 +62,13 @@ from registry.services.catalogue import base_facts, find_base, find_version, ver
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
+from registry.store.chunks import ChunkStore
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
 __all__ = ["Compositions", "Prepared", "Resolved"]
+
+RECORD = "composition.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,12 @@ class ResolvedBase:
     chat_template: str | None
     licence: str | None
     quantised_from: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, of a registered base
+
+    def verify(self, chunks: ChunkStore) -> None:
+        """Read every file of a registered base. Raises BlobCorruptError for one that is not what was registered."""
+        for name, sha256 in self.digests.items():
+            chunks.verify(self.checkpoint.files[name], sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,20 @@ class Resolved:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @contextmanager
+    def verifying(self, chunks: ChunkStore) -> Iterator[Callable[[], None]]:
+        """Hash the registered bases meanwhile; the function that is given waits for the end.
+
+        It raises BlobCorruptError where a file is not what was registered: a byte that a disk has lost changes no time.
+        """
+        bases = {id(base): base for base in (self.base, self.target)}
+        with ThreadPoolExecutor(1) as pool:
+            checks = [pool.submit(base.verify, chunks) for base in bases.values()]
+            try:
+                yield lambda: [check.result() for check in checks] and None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
     @property
     def digests(self) -> set[str]:
         """The fingerprints of the base and of its original, and the digests of the adapters."""
@@ -252,6 +280,7 @@ class Compositions:
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
         companions = {name: len(data) for name, data in along}
+        base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
             recipe=recipe,
             recipe_text=str(recipe),
@@ -265,6 +294,7 @@ class Compositions:
                     weight=item.term.weight,
                     verdict=item.verdict,
                     tensors=count,
+                    chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
                 for item, count in zip(resolved.adapters, per_term, strict=True)
             ),
@@ -301,12 +331,16 @@ class Compositions:
         if text is not None:
             key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
         if (earlier := _earlier(out, key)) is not None:
+            _require_whole(out, earlier)
+            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
             return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
-        outcome = compose(
-            plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text
-        )
+        with resolved.verifying(self._store.chunks) as confirm:
+            outcome = compose(
+                plan, out, inputs=inputs, cache_dir=self._layout.graphs, progress=progress, replace=replace, text=text,
+                confirm=confirm,
+            )  # fmt: skip
         self._record(resolved, key, outcome.record)
         return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
 
@@ -347,12 +381,13 @@ class Compositions:
                 row = find_base(session, ref)
             if row is not None:
                 facts = base_facts(session, row)
-                checkpoint = open_checkpoint(unchanged_files(row, session.scalars(
-                    select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()))  # fmt: skip
+                files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
+                checkpoint = open_checkpoint(unchanged_files(row, files))
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
                 return ResolvedBase(
-                    checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent
-                )
+                    checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent,
+                    {file.name: file.sha256 for file in files},
+                )  # fmt: skip
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
@@ -411,17 +446,19 @@ class Compositions:
         return make_plan(resolved.recipe, resolved.target.checkpoint, terms, resolved.base.checkpoint)
 
     def _record(self, resolved: Resolved, key: str, record: dict[str, Any]) -> None:
-        with session_scope(self._engine, writes=True) as session:
-            if session.scalar(select(CompositionRow).where(CompositionRow.key == key)) is None:
-                session.add(
-                    CompositionRow(
-                        key=key,
-                        recipe=resolved.recipe.model_dump(mode="json"),
-                        inputs=resolved.inputs,
-                        output_digest=record["output_digest"],
-                        parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
-                    )
-                )
+        known = select(CompositionRow.id).where(CompositionRow.key == key)
+        with session_scope(self._engine) as session:
+            if session.scalar(known) is not None:
+                return
+        row = CompositionRow(
+            key=key,
+            recipe=resolved.recipe.model_dump(mode="json"),
+            inputs=resolved.inputs,
+            output_digest=record["output_digest"],
+            parts=[CompositionInputRow(digest=digest) for digest in sorted(resolved.digests)],
+        )
+        with suppress(DatabaseIntegrityError), session_scope(self._engine, writes=True) as session:
+            session.add(row)  # where somebody else composed the same just now, it is there
 
 
 def _require(allow: Allow, item: ResolvedAdapter, base: str) -> None:
@@ -464,6 +501,20 @@ def _earlier(out: Path, key: str) -> dict[str, Any] | None:
     except (TypedError, OSError, KeyError, TypeError):
         return None
     return record if same else None
+
+
+def _require_whole(out: Path, record: dict[str, Any]) -> None:
+    """Raise IntegrityError where a file of the result that lies there already is not what was written."""
+    read_record(out / RECORD)
+    changed = sorted(name for name, entry in record["outputs"].items() if sha256_file(out / name) != entry["sha256"])
+    if changed:
+        raise IntegrityError(
+            f"{out} holds this very composition, but {', '.join(changed)} changed since",
+            expected="the bytes that were written",
+            found=changed,
+            remedy="remove the folder, and compose it again",
+            path=out,
+        )
 
 
 def _info(

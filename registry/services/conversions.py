@@ -39,7 +39,7 @@ class Conversions:
         progress: Progress | None,
     ) -> ConversionInfo:  # fmt: skip
         """A LoRA of what `finetune` changed in `base`; each is a registered base or a folder."""
-        origin, tuned = (self._compositions.open_base(ref, progress) for ref in (base, finetune))
+        origin, tuned = (self._open(ref, progress) for ref in (base, finetune))
         converted = extract_lora(
             tuned.checkpoint,
             origin.checkpoint,
@@ -54,8 +54,7 @@ class Conversions:
 
     def make_delta(self, finetune: str, base: str, out: Path, progress: Progress | None) -> DeltaInfo:
         """The exact difference of two checkpoints; each is a registered base or a folder."""
-        origin = self._compositions.open_base(base, progress)
-        tuned = self._compositions.open_base(finetune, progress)
+        origin, tuned = (self._open(ref, progress) for ref in (base, finetune))
         made = make_delta(
             tuned.checkpoint,
             origin.checkpoint,
@@ -69,8 +68,14 @@ class Conversions:
     def restore_delta(self, ref: str, base: str, out: Path, progress: Progress | None) -> DeltaInfo:
         """The checkpoint that such a delta was made of."""
         adapter = open_adapter(Path(ref).expanduser()) if is_path(ref) else open_adapter(self._files(ref))
-        origin = self._compositions.open_base(base, progress)
+        origin = self._open(base, progress)
         return _delta_info(restore(adapter, origin.checkpoint, out.expanduser().resolve(), progress=progress))
+
+    def _open(self, ref: str, progress: Progress | None) -> ResolvedBase:
+        """A base of which every byte was read and is what was registered."""
+        base = self._compositions.open_base(ref, progress)
+        base.verify(self._store.chunks)
+        return base
 
     def _files(self, ref: str) -> dict[str, Path]:
         with session_scope(self._engine) as session:

@@ -12,7 +12,7 @@ from collections import Counter
 from sqlalchemy import Engine, select, update
 
 from registry.db import session_scope
-from registry.models import VersionDownloadsRow, VersionRow
+from registry.models import AdapterRow, VersionDownloadsRow, VersionRow
 
 __all__ = ["Downloads"]
 
@@ -20,10 +20,11 @@ WRITE_S = 5.0
 
 
 class Downloads:
-    """Counts by the digest of a version and its adapter's name; shared by all who act on one registry."""
+    """Counts by the number of a version; shared by all who act on one registry. `total`: since this was made."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.total = 0
         self._counts: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._written = time.monotonic()
@@ -32,6 +33,7 @@ class Downloads:
         """One download of this version more."""
         with self._lock:
             self._counts[version_id] += 1
+            self.total += 1
             late = time.monotonic() - self._written > WRITE_S
         if late:
             self.write()
@@ -43,9 +45,15 @@ class Downloads:
         if not counts:
             return
         with session_scope(self._engine, writes=True) as session:
-            known = set(session.scalars(select(VersionRow.id).where(VersionRow.id.in_(list(counts)))))
+            query = select(VersionRow.id, VersionRow.adapter_id).where(VersionRow.id.in_(list(counts)))
+            known = dict(session.execute(query).tuples().all())
+            adapters: Counter[int] = Counter()
             for version_id in sorted(known):
+                adapters[known[version_id]] += counts[version_id]
                 added = {"count": VersionDownloadsRow.count + counts[version_id]}
                 row = update(VersionDownloadsRow).where(VersionDownloadsRow.version_id == version_id).values(added)
                 if not session.execute(row).rowcount:
                     session.add(VersionDownloadsRow(version_id=version_id, count=counts[version_id]))
+            for adapter_id, count in sorted(adapters.items()):
+                total = {"downloads": AdapterRow.downloads + count}
+                session.execute(update(AdapterRow).where(AdapterRow.id == adapter_id).values(total))

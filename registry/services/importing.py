@@ -20,9 +20,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer.admission import left_out, refuse_pickles, unsafe_kind
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, StorageError, UsageError
-from composer.files import FileSet, git_oid, refuse_pickles, sha256_file
-from composer.sinks import storage_errors
+from composer.files import FileSet, git_oid, sha256_file
+from composer.sinks import fsync_tree, storage_errors
 from registry.errors import HubUnreachableError
 from registry.interface import DEFAULT_MAX_BYTES, Progress
 from registry.pushes import CONFIG
@@ -112,7 +113,7 @@ class Importing:
             if is_offline_mode():
                 raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
             api = HfApi(library_name="adapter-registry")
-            commit, chosen = _describe(api, place, max_bytes)
+            commit, chosen, unsafe = _describe(api, place, max_bytes)
             folder = self._layout.imports / f"{place.repository.replace('/', '--')}@{commit}"
             _check_room(self._layout.home, sum(file.size for file in chosen))
             files = _fetch(place, commit, chosen, folder, progress)
@@ -121,7 +122,8 @@ class Importing:
             publish = self._publishing.publish
             result = publish(files, name, version, base, None, (), None, None, progress, read_paths=False)
             shutil.rmtree(folder, ignore_errors=True)
-            return ImportInfo(source=source, version=result.version, created=result.created, warnings=result.warnings)
+            warnings = (*unsafe, *result.warnings)
+            return ImportInfo(source=source, version=result.version, created=result.created, warnings=warnings)
         if version or base:
             raise UsageError(
                 f"{place.repository} is a base, which has neither a version nor a base",
@@ -137,7 +139,7 @@ class Importing:
         if Path(info.location) != kept:
             shutil.rmtree(kept.parent, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        return ImportInfo(source=source, base=info, created=info.created)
+        return ImportInfo(source=source, base=info, created=info.created, warnings=(*unsafe, *info.warnings))
 
     def _keep(self, files: FileSet) -> Path:
         """The files in a folder of the registry's own, where a base stays."""
@@ -146,20 +148,21 @@ class Importing:
             folder.mkdir(parents=True)
             for name, path in files.items():
                 path.rename(folder / name)
+            fsync_tree(folder.parent)
         return folder
 
 
-def _describe(api: HfApi, place: HubReference, max_bytes: int) -> tuple[str, list[_Remote]]:
-    """The commit of a revision, and the files of it that are wanted."""
+def _describe(api: HfApi, place: HubReference, max_bytes: int) -> tuple[str, list[_Remote], list[str]]:
+    """The commit of a revision, the files of it that are wanted, and a warning on those that are never kept."""
     info = api.model_info(place.repository, revision=place.revision, files_metadata=True)
     names = [item.rfilename for item in info.siblings or ()]
     chosen = [
         _Remote(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else item.blob_id or "")
         for item in info.siblings or ()
-        if WANTED.fullmatch(item.rfilename)
+        if WANTED.fullmatch(item.rfilename) and unsafe_kind(item.rfilename) is None
     ]
     if not any(file.name.endswith(".safetensors") for file in chosen):
-        refuse_pickles({name: Path(name) for name in names}, "safetensors")
+        refuse_pickles(names, "safetensors")
         raise NotFoundError(
             f"{place.repository} holds no safetensors",
             expected="an adapter or a model in safetensors",
@@ -173,7 +176,7 @@ def _describe(api: HfApi, place: HubReference, max_bytes: int) -> tuple[str, lis
             found=f"{size} bytes in {len(chosen)} files",
             remedy="raise --max-bytes",
         )
-    return str(info.sha), chosen
+    return str(info.sha), chosen, left_out(names)
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -9,8 +9,10 @@ from sqlalchemy import Engine, select
 
 from composer.adapters import CONFIG, Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
+from composer.errors import CorruptFileError
 from composer.files import folder_files, read_json, sha256_file
 from composer.formats import find_format
+from composer.provenance import read_record
 from composer.recipe import is_path, split_reference
 from composer.tensors import TensorSpec
 from registry.db import session_scope
@@ -43,7 +45,7 @@ class Inspection:
             name, version = split_reference(ref)
             info = version_info(session, find_version(session, name, version))
             require_usable(info, f"{info.name}@{info.version}", version)
-        adapter = open_adapter({file.name: self._store.path(file.sha256) for file in info.files})
+        adapter = open_adapter({file.name: self._store.path(file.sha256, verify=True) for file in info.files})
         return {
             "type": "adapter",
             "name": info.name,
@@ -67,6 +69,10 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         for name, entry in record.get("outputs", {}).items()
         if name not in files or sha256_file(files[name]) != entry["sha256"]
     )
+    try:
+        read_record(files["composition.json"])
+    except CorruptFileError:
+        changed.append("composition.json")
     return {
         "type": "composition",
         "path": str(folder),

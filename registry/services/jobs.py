@@ -214,6 +214,13 @@ class JobService:
             items = tuple(job_info(row) for row in rows[:limit])
         return Page(items=items, next=items[-1].id if len(rows) > limit else None)
 
+    def counts(self) -> dict[JobState, int]:
+        """How many jobs there are in each state, whoever submitted them."""
+        query = select(JobRow.state, func.count()).group_by(JobRow.state)
+        with session_scope(self._engine) as session:
+            found = dict(session.execute(query).tuples().all())
+        return {state: found.get(state.value, 0) for state in JobState}
+
     def cancel(self, job_id: str) -> JobInfo:
         """Cancel a queued job at once, a running one when its worker next looks; a finished one is a ConflictError."""
         with session_scope(self._engine, writes=True) as session:
@@ -329,10 +336,9 @@ class JobService:
             self._worker = Worker(self._registry, slots=self._slots, wake=self.wake)
             self._worker.start()
 
-    def stop(self) -> None:
-        """Stop at the next block; what was running is queued again."""
-        if self._worker is not None:
-            self._worker.stop()
+    def stop(self, seconds: float | None = None) -> bool:
+        """Stop at the next block; what was running is queued again. Returns whether that was within `seconds`."""
+        return self._worker is None or self._worker.stop(seconds)
 
 
 def job_info(row: JobRow) -> JobInfo:

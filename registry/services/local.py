@@ -39,6 +39,7 @@ from registry.schemas import (
     Page,
     PlanInfo,
     PublishResult,
+    Readiness,
     Relation,
     TokenInfo,
     Verdict,
@@ -60,9 +61,12 @@ from registry.services.matching import Matching
 from registry.services.namespaces import Namespaces
 from registry.services.publishing import Publishing
 from registry.services.pushing import Pushing
+from registry.services.readiness import ReadinessProbe
+from registry.services.received import Received
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
+from registry.services.templates import with_template_diff
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
@@ -98,6 +102,7 @@ class LocalRegistry:
         self.repositories = Repositories(self.engine, self.store)
         self.pushing = Pushing(self.engine, self.store, layout, self._publishing)
         self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
+        self.received = Received(self.engine)
         self._importing = Importing(layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
         self._jobs = JobService(self, slots=0)
@@ -110,6 +115,7 @@ class LocalRegistry:
         self._audit = AuditLog(self.engine)
         self.tokens = Tokens(self.engine)
         self.downloads = Downloads(self.engine)
+        self._readiness = ReadinessProbe(self.engine, layout)
 
     def acting_as(self, principal: Principal) -> LocalRegistry:
         """The same registry as `principal` may see and change it."""
@@ -128,6 +134,10 @@ class LocalRegistry:
     def home(self) -> Path:
         """The folder of everything that is not in the database."""
         return self.layout.home
+
+    def readiness(self) -> Readiness:
+        """Whether requests can be served."""
+        return self._readiness.check()
 
     def close(self) -> None:
         """Write what was counted and release the database."""
@@ -192,13 +202,15 @@ class LocalRegistry:
         tags: tuple[str, ...] = (),
         description: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
         read_paths: bool = True,
     ) -> PublishResult:
         """As the protocol says; `read_paths=False` for uploads: paths in them are not looked up on this machine."""
         return self._publishing.publish(
-            folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths
-        )
+            folder, name, version, base, license, tags, description, private, progress, read_paths=read_paths,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
 
     def import_model(
         self,
@@ -253,7 +265,7 @@ class LocalRegistry:
         return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
-        return self._catalogue.get_version(*split_reference(ref))
+        return with_template_diff(self.engine, self.store, self._catalogue.get_version(*split_reference(ref)))
 
     def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
         return self._catalogue.list_versions(name, limit, cursor)

@@ -6,6 +6,8 @@ and has no members (it was filled while access was open) waits for an admin to n
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import Engine, Select, delete, exists, select
 from sqlalchemy.orm import Session
 
@@ -13,12 +15,12 @@ from composer.errors import NotFoundError, UsageError
 from registry.access import Principal, Role, Scope
 from registry.db import session_scope
 from registry.errors import ForbiddenError
-from registry.models import AdapterRow, MemberRow
+from registry.models import AdapterRow, MemberRow, RepositoryRow
 from registry.names import DEFAULT_NAMESPACE, subject_name, valid_name
 from registry.schemas import Member, NamespaceInfo, Page
 from registry.services.audit import acting, record
 
-__all__ = ["Namespaces", "hidden_adapters", "require_role"]
+__all__ = ["Namespaces", "hidden_adapters", "hidden_repositories", "require_role"]
 
 ORDER = list(Role)
 MAX_PAGE = 1000
@@ -33,7 +35,15 @@ def member_namespaces(principal: Principal) -> Select[tuple[str]]:
 
 def hidden_adapters(principal: Principal) -> Select[tuple[int]]:
     """The ids of private adapters that a principal must not learn of."""
-    table = AdapterRow.__table__
+    return _hidden(AdapterRow.__table__, principal)
+
+
+def hidden_repositories(principal: Principal) -> Select[tuple[int]]:
+    """The same of repositories, drafts included."""
+    return _hidden(RepositoryRow.__table__, principal)
+
+
+def _hidden(table: Any, principal: Principal) -> Select[tuple[int]]:
     query = select(table.c.id).where(table.c.private, table.c.namespace.not_in(member_namespaces(principal)))
     if Scope.ADMIN in principal.scopes:  # of some namespaces only
         query = query.where(table.c.namespace.not_in(sorted(principal.namespaces or ())))

@@ -14,22 +14,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError as DatabaseIntegrityError
 from sqlalchemy.orm import Session
 
 from composer.adapters import Adapter, Target, open_adapter
+from composer.admission import admit, left_out, split_unsafe
 from composer.checkpoint import Checkpoint, open_checkpoint
 from composer.errors import IncompatibleError, NonFiniteError, UsageError
-from composer.files import FileSet, sha256_file
+from composer.files import FileSet
+from composer.finite import count_nonfinite
 from composer.provenance import manifest_digest
+from composer.templates import chat_templates, template_diff
 from composer.tensors import DTYPES
 from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
 from registry.compat import BaseClaim, assess
 from registry.db import session_scope
-from registry.errors import BaseNotFoundError, NameTakenError, VersionTakenError
+from registry.errors import BaseNotFoundError, CollectedError, NameTakenError, VersionTakenError
 from registry.fingerprint import Fingerprint, fingerprint_checkpoint, logical_leaves
 from registry.interface import Progress
 from registry.models import (
@@ -37,6 +39,7 @@ from registry.models import (
     BaseFileRow,
     BaseModelRow,
     BaseTensorRow,
+    RepositoryRow,
     SignatureRow,
     SignatureTargetRow,
     TombstoneRow,
@@ -48,6 +51,7 @@ from registry.names import Version, adapter_name, base_name, slug
 from registry.preflight import adapter_advice
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
 from registry.services.audit import acting, record
+from registry.services.blobs import require_blobs
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.lineage import set_parent
@@ -58,6 +62,8 @@ from registry.words import index_text
 __all__ = ["Publishing", "publishable_files"]
 
 FIRST_VERSION = "0.1.0"
+SHOWN = 5
+ATTEMPTS = 5
 EXTRA_FILES = re.compile(
     r"README\.md|LICENSE(\.txt|\.md)?|.*\.jinja|.*\.model|tokenizer.*\.json|vocab\.(json|txt)|merges\.txt"
     r"|special_tokens_map\.json|added_tokens\.json"
@@ -127,7 +133,11 @@ class Publishing:
         moves: bool = False,
     ) -> BaseInfo:
         """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
-        files = [(file, path, sha256_file(path)) for file, path in checkpoint.files.items()]
+        kept, unsafe = split_unsafe(checkpoint.files)
+        paths = {file: checkpoint.files[file] for file in kept}
+        admit(paths)
+        warnings = tuple(left_out(unsafe))
+        files = [(file, path, self._store.chunks.measure(path)[0]) for file, path in paths.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
             held = session.scalar(select(BaseModelRow).where(BaseModelRow.name == name))
@@ -146,7 +156,7 @@ class Publishing:
                 parent is None and license is None and same is not None and Path(same.location) != folder and not moves
             )
             if same is not None and stays and _lies_there(same):
-                return base_info(same, len(same.tensors))
+                return base_info(same, len(same.tensors)).model_copy(update={"warnings": warnings})
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
             row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
@@ -163,7 +173,8 @@ class Publishing:
                 set_parent(session, row, find_base(session, parent), relation)
             record(session, "base.add", row.name, fingerprint=row.fingerprint, parent=parent)
             session.flush()
-            return base_info(row, len(row.tensors), created=same is None)
+            info = base_info(row, len(row.tensors), created=same is None)
+            return info.model_copy(update={"warnings": warnings})
 
     def add_pushed_base(self, folder: Path, name: str, progress: Progress | None = None) -> BaseInfo:
         """Register a checkpoint that was pushed under `name`, where no base has these weights.
@@ -215,39 +226,51 @@ class Publishing:
         *,
         read_paths: bool = True,
         whole: bool = False,
+        allow_nonfinite: bool = False,
     ) -> PublishResult:
         """Publish an adapter's files: those that make a version, or all of them (`whole`).
 
-        Raises what open_adapter raises, NonFiniteError, IncompatibleError when it does not fit the base it names, and
-        VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
+        allow_nonfinite: NaN and infinities in the weights are a warning and no error.
+        Raises what open_adapter and admit raise, NonFiniteError, IncompatibleError when it does not fit the base it
+        names, and VersionTakenError when other bytes hold the version. Identical bytes are a no-op.
         """
         namespace, short = adapter_name(name)
         wanted = Version(version) if version else None
         with session_scope(self._engine, writes=True) as session:
             require_role(session, namespace, Role.PUBLISHER, claim=True)
         adapter = open_adapter(source.expanduser() if isinstance(source, Path) else source)
-        _check_finite(adapter)
+        chosen = adapter.files if whole else publishable_files(adapter)
+        admit(chosen)
+        warnings = left_out(set(adapter.files) - set(chosen))
+        warnings += _nonfinite(adapter, allow_nonfinite)
         card = read_card(adapter.files.get("README.md"))
-        warnings: list[str] = []
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         known = self._check_base(adapter, claim, warnings)
         advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
-        files = self._store_files(adapter.files if whole else publishable_files(adapter), progress)
-        digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
-        try:
-            with session_scope(self._engine, writes=True) as session:
-                result = self._insert(
-                    session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                    license, tags, description, private, warnings,
-                )  # fmt: skip
-                return result.model_copy(update={"advice": tuple(advice)})
-        except DatabaseIntegrityError as error:
-            raise VersionTakenError(
-                f"{namespace}/{short}: another publisher took the version at the same moment",
-                expected="a free version",
-                found=str(error.orig),
-                remedy="publish again",
-            ) from None
+        template = _template(chosen, known, warnings)
+        for attempt in range(ATTEMPTS):  # two publishers at a time, or a collection, may be in each other's way
+            files = self._store_files(chosen, progress)
+            digest = manifest_digest({entry.name: {"sha256": entry.sha256, "size": entry.size} for entry in files})
+            said = list(warnings)
+            try:
+                with session_scope(self._engine, writes=True) as session:
+                    require_blobs(session, self._store, {entry.name: entry.sha256 for entry in files})
+                    result = self._insert(
+                        session, (namespace, short), wanted, digest, files, adapter, claim, card,
+                        license, tags, description, private, said,
+                    )  # fmt: skip
+                    return result.model_copy(update={"advice": tuple(advice), "chat_template_diff": template})
+            except CollectedError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except DatabaseIntegrityError as error:
+                found = str(error.orig)
+        raise VersionTakenError(
+            f"{namespace}/{short}: other publishers took its versions at the same moment, {ATTEMPTS} times",
+            expected="a free version",
+            found=found,
+            remedy="publish again",
+        )
 
     def _claim(
         self,
@@ -346,7 +369,8 @@ class Publishing:
         namespace, short = name
         require_role(session, namespace, Role.PUBLISHER)
         refuse_quarantined(session, digest, f"{namespace}/{short}")
-        owner = session.scalar(select(AdapterRow).where(AdapterRow.namespace == namespace, AdapterRow.name == short))
+        wanted_name = (AdapterRow.namespace == namespace, AdapterRow.name == short)
+        owner = session.scalar(select(AdapterRow).where(*wanted_name).with_for_update(of=AdapterRow))
         if owner is None:
             if session.scalar(select(BaseModelRow.id).where(BaseModelRow.name == f"{namespace}/{short}")):
                 raise NameTakenError(
@@ -355,7 +379,13 @@ class Publishing:
                     found="a base of that name",
                     remedy="publish under another --name",
                 )
-            owner = AdapterRow(namespace=namespace, name=short, private=bool(private))
+            own = (RepositoryRow.namespace == namespace, RepositoryRow.name == short)
+            repository = session.scalar(select(RepositoryRow).where(*own))
+            if private is None:
+                private = repository is not None and repository.private
+            elif repository is not None:
+                repository.private = private
+            owner = AdapterRow(namespace=namespace, name=short, private=private)
             session.add(owner)
             session.flush()
         elif private not in (None, owner.private):
@@ -507,14 +537,32 @@ def _merged_files(row: BaseModelRow, files: list[tuple[str, Path, str]]) -> list
     return merged
 
 
-def _check_finite(adapter: Adapter) -> None:
+def _nonfinite(adapter: Adapter, allowed: bool) -> list[str]:
+    """A warning on tensors that hold NaN or infinity. Raises NonFiniteError for the first, unless `allowed`."""
+    found = []
     for spec in adapter.header.tensors.values():
-        bad = int((~np.isfinite(spec.read().astype(np.float32))).sum())
-        if bad:
+        count = count_nonfinite(spec)
+        if count and not allowed:
             raise NonFiniteError(
-                f"{spec.path.name}: {spec.name} holds {bad} values that are NaN or infinite",
+                f"{spec.path.name}: {spec.name} holds {count} values that are NaN or infinite",
                 expected="finite numbers",
-                found=bad,
-                remedy="the training diverged: publish an earlier step",
+                found=count,
+                remedy="the training diverged: publish an earlier step, or keep it with --allow-nonfinite",
                 tensor=spec.name,
             )
+        if count:
+            found.append(f"{spec.name} ({count})")
+    if not found:
+        return []
+    return [
+        f"NaN or infinite values in {len(found)} tensors, so that it cannot be composed: {', '.join(found[:SHOWN])}"
+    ]
+
+
+def _template(files: FileSet, known: dict[str, Any] | None, warnings: list[str]) -> str | None:
+    """How the chat templates differ from those of the base, which is at hand; a warning where they do."""
+    base = known.get("base") if known else None
+    found = template_diff(chat_templates(base.files), chat_templates(files)) if base is not None else None
+    if found:
+        warnings.append("the chat template is not the base's: read the difference before you use it")
+    return found

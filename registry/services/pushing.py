@@ -21,9 +21,10 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from composer.adapters import open_adapter
+from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
-from composer.files import FileSet, refuse_pickles
-from composer.sinks import storage_errors
+from composer.files import FileSet
+from composer.sinks import fsync_tree, storage_errors
 from registry.access import Role
 from registry.claims import read_card
 from registry.db import session_scope
@@ -32,24 +33,37 @@ from registry.models import BaseModelRow, CommitFileRow, CommitRow, RefRow, Repo
 from registry.names import DEFAULT_NAMESPACE
 from registry.pushes import CARD, CONFIG, Holding, base_reference, complete_card, complete_config, holding
 from registry.schemas import FileInfo
+from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
 from registry.services.publishing import Publishing
+from registry.services.received import Received
 from registry.services.repositories import MAIN, Located, Snapshot, commit_id, locate, no_revision, snapshot_at
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
-__all__ = ["Operation", "Pushed", "Pushing", "Put", "Remove", "keep_commit", "namespace_of", "own_repository"]
+__all__ = [
+    "Operation",
+    "Pushed",
+    "Pushing",
+    "Put",
+    "Remove",
+    "keep_commit",
+    "namespace_of",
+    "own_repository",
+    "private_base",
+]
 
 MAX_FILES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A file is added or replaced by a blob of the store."""
+    """A file is added or replaced by a blob of the store. `sent`: whether its bytes came with the push itself."""
 
     path: str
     sha256: str
+    sent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,7 @@ class Pushing:
         self._store = store
         self._layout = layout
         self._publishing = publishing
+        self._received = Received(engine)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def commit(
@@ -118,7 +133,7 @@ class Pushing:
             files = self._apply(before, operations)
             if commit_id(files.values()) == before.commit:
                 return Pushed(before.commit)
-            refuse_pickles({path: Path(path) for path in files}, "safetensors")
+            refuse_unsafe(files)
             outcome = self._publish(place, files) if branch == MAIN else self._draft(files)
             oid = commit_id(outcome.files.values())
             with session_scope(self._engine, writes=True) as session:
@@ -126,6 +141,7 @@ class Pushing:
                 found = _at_branch(session, place, branch).commit
                 if found not in (before.commit, oid):
                     raise _stale(name, before.commit, found)
+                require_blobs(session, self._store, {path: file.sha256 for path, file in outcome.files.items()})
                 repository = own_repository(session, place)
                 row = keep_commit(session, repository, oid, outcome.files, before.commit, title, message)
                 row.version_id, row.base_id = self._nouns(session, name, outcome)
@@ -184,7 +200,8 @@ class Pushing:
         return files
 
     def _entry(self, item: Put) -> FileInfo:
-        if not self._store.holds(item.sha256):
+        named = item.sent or self._received.may_name(item.sha256)
+        if not (named and self._store.keep(item.sha256)):
             raise CorruptFileError(
                 f"the bytes of {item.path} were not uploaded",
                 expected=f"sha256 {item.sha256}",
@@ -194,16 +211,18 @@ class Pushing:
         size = self._store.path(item.sha256).stat().st_size
         return FileInfo(name=item.path, size=size, sha256=item.sha256)
 
-    def _paths(self, files: Mapping[str, FileInfo]) -> dict[str, Path]:
-        return {path: self._store.path(file.sha256) for path, file in files.items()}
+    def _paths(self, files: Mapping[str, FileInfo], *, verify: bool = False) -> dict[str, Path]:
+        return {path: self._store.path(file.sha256, verify=verify) for path, file in files.items()}
 
     def _publish(self, place: Located, files: Mapping[str, FileInfo]) -> _Outcome:
-        paths = self._paths(files)
+        paths = self._paths(files, verify=True)
         read_card(paths.get(CARD))  # a card that does not parse is refused, whatever it lies beside
         kind = holding(paths)
         if kind is Holding.ADAPTER and place.base is None:
             return self._publish_adapter(place.name, files, None)
         if kind is Holding.BASE and place.adapter is None:
+            if place.private:
+                raise private_base(place.name)
             folder = self._link(paths)
             try:
                 base = self._publishing.add_pushed_base(folder, place.name)
@@ -281,6 +300,7 @@ class Pushing:
                     os.link(path, place)
                 except OSError:  # another file system
                     shutil.copyfile(path, place)
+            fsync_tree(folder.parent)
         return folder
 
     @staticmethod
@@ -315,12 +335,22 @@ def namespace_of(place: Located) -> str:
     return place.name.rpartition("/")[0] or DEFAULT_NAMESPACE
 
 
+def private_base(name: str) -> PolicyError:
+    """The failure of a whole model in a private repository: a fingerprint names one base for everybody."""
+    return PolicyError(
+        f"{name} would be a private base model: only adapters can be private",
+        expected="an adapter, or a public repository",
+        found="a whole model",
+        remedy="make the repository public, or push the difference to its base ('registry delta make')",
+    )
+
+
 def own_repository(session: Session, place: Located) -> RepositoryRow:
     """The row of a repository, made where an adapter or a base had none."""
     if place.repository is not None:
         return place.repository
     namespace, _, name = place.name.rpartition("/")
-    row = RepositoryRow(namespace=namespace, name=name)
+    row = RepositoryRow(namespace=namespace, name=name, private=place.private)
     session.add(row)
     session.flush()
     return row

@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from registry.names import Version, adapter_name
 from registry.schemas import BaseInfo, FileInfo, VersionInfo
 from registry.services.base_files import unchanged_files
 from registry.services.catalogue import LATEST, base_info, find_version, version_info
+from registry.store.chunks import damaged
 from registry.store.local import LocalStore
 
 __all__ = [
@@ -55,7 +57,10 @@ MAX_HISTORY = 1000
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a repository holds at one revision; a draft has neither `version` nor `base`."""
+    """What a repository holds at one revision; a draft has neither `version` nor `base`.
+
+    private: whether only members of its namespace see it. downloads: of all versions.
+    """
 
     repository: str
     commit: str
@@ -63,6 +68,8 @@ class Snapshot:
     created_at: datetime | None = None
     version: VersionInfo | None = None
     base: BaseInfo | None = None
+    private: bool = False
+    downloads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,11 @@ class Located:
     adapter: AdapterRow | None
     base: BaseModelRow | None
 
+    @property
+    def private(self) -> bool:
+        """Whether only members of its namespace see it."""
+        return self.adapter.private if self.adapter else bool(self.repository and self.repository.private)
+
 
 def commit_id(files: Iterable[FileInfo]) -> str:
     """The 40 hex digits that name these files: of an adapter's version, the first of its digest."""
@@ -114,16 +126,9 @@ def locate(session: Session, name: str) -> Located:
     repository = session.scalar(
         select(RepositoryRow).where(RepositoryRow.namespace == namespace, RepositoryRow.name == short)
     )
-    if base is None and adapter is None and (repository is None or _is_hidden(session, namespace, short)):
+    if base is None and adapter is None and repository is None:
         raise _no_repository(name)
     return Located(name if base else f"{namespace}/{short}", repository, adapter, base)
-
-
-def _is_hidden(session: Session, namespace: str, name: str) -> bool:
-    """Whether an adapter of that name is there and not for the eyes of who asks; its drafts are not either."""
-    table = AdapterRow.__table__
-    same = (table.c.namespace == namespace, table.c.name == name)
-    return session.scalar(select(table.c.id).where(*same)) is not None
 
 
 def _no_repository(name: str) -> RepositoryNotFoundError:
@@ -137,7 +142,11 @@ def _no_repository(name: str) -> RepositoryNotFoundError:
 
 def snapshot_at(session: Session, place: Located, revision: str | None) -> Snapshot:
     """The files of a repository at a revision. Raises RevisionNotFoundError or VersionNotFoundError."""
-    revision = revision or MAIN
+    found = _snapshot_at(session, place, revision or MAIN)
+    return replace(found, private=place.private, downloads=place.adapter.downloads if place.adapter else 0)
+
+
+def _snapshot_at(session: Session, place: Located, revision: str) -> Snapshot:
     if revision == MAIN:
         return _head(session, place)
     if place.repository and (row := _ref(session, place.repository, revision)):
@@ -265,6 +274,14 @@ class Repositories:
             if row is None:
                 raise _no_repository(snapshot.repository)
             return unchanged_files(row, [file for file in row.files if file.name == name])[name]
+
+    def read(self, snapshot: Snapshot, name: str) -> bytes:
+        """A small file of an entry, whole. Raises what `path` raises, and BlobCorruptError."""
+        path, sha256 = self.path(snapshot, name), snapshot.files[name].sha256
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise damaged(path, f"sha256 {sha256}", "others")
+        return data
 
     def history(self, name: str, revision: str | None = None) -> tuple[CommitInfo, ...]:
         """The commit at a revision and those before it, newest first."""

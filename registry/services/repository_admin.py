@@ -25,9 +25,10 @@ from registry.models import (
     VersionRow,
 )
 from registry.names import Version, adapter_name, alias_name
+from registry.services.audit import record
 from registry.services.catalogue import Catalogue
 from registry.services.namespaces import require_role
-from registry.services.pushing import Pushing, keep_commit, namespace_of, own_repository, set_ref
+from registry.services.pushing import Pushing, keep_commit, namespace_of, own_repository, private_base, set_ref
 from registry.services.repositories import MAIN, Located, locate, no_revision, snapshot_at
 from registry.words import index_text
 
@@ -42,15 +43,34 @@ class RepositoryAdmin:
         self._catalogue = catalogue
         self._pushing = pushing
 
-    def create(self, name: str) -> str:
-        """An empty repository; returns its full name. Raises UsageError or RepositoryExistsError."""
+    def create(self, name: str, *, private: bool = False) -> str:
+        """An empty repository; returns its full name. Raises UsageError or RepositoryExistsError.
+
+        private: only members of its namespace see it and what is pushed to it.
+        """
         namespace, short = adapter_name(name)
         full = f"{namespace}/{short}"
         with session_scope(self._engine, writes=True) as session:
             require_role(session, namespace, Role.PUBLISHER, claim=True)
             self._check_free(session, full)
-            session.add(RepositoryRow(namespace=namespace, name=short))
+            session.add(RepositoryRow(namespace=namespace, name=short, private=private))
         return full
+
+    def set_private(self, name: str, private: bool) -> None:
+        """Hide a repository from all but the members of its namespace, or show it. For owners.
+
+        Raises PolicyError for a base, which everybody sees.
+        """
+        with session_scope(self._engine, writes=True) as session:
+            place = locate(session, name)
+            require_role(session, namespace_of(place), Role.OWNER)
+            if place.base is not None and private:
+                raise private_base(place.name)
+            if place.repository is not None:
+                place.repository.private = private
+            if place.adapter is not None:
+                place.adapter.private = private
+            record(session, "visibility", place.name, private=private)
 
     def delete(self, name: str) -> None:
         """Remove a repository and what it published.

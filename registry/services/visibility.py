@@ -1,4 +1,4 @@
-"""Private adapters are hidden below the services: every ORM query that reads adapters or versions is narrowed.
+"""What is private is hidden below the services: every ORM query of adapters, versions or repositories is narrowed.
 
 A service cannot forget the condition, because no service writes it. What is hidden is not found, as if it were not
 there, in lookups, listings, searches and suggestions alike.
@@ -10,9 +10,9 @@ from sqlalchemy import event
 from sqlalchemy.orm import ORMExecuteState, with_loader_criteria
 
 from registry.db import CatalogueSession
-from registry.models import AdapterRow, VersionRow
+from registry.models import AdapterRow, RepositoryRow, VersionRow
 from registry.services.audit import acting
-from registry.services.namespaces import hidden_adapters
+from registry.services.namespaces import hidden_adapters, hidden_repositories
 
 __all__ = ["hide_private"]
 
@@ -25,8 +25,9 @@ def hide_private(state: ORMExecuteState) -> None:
     principal = acting(state.session)
     if principal.is_admin:
         return
-    hidden = hidden_adapters(principal)
+    hidden, repositories = hidden_adapters(principal), hidden_repositories(principal)
     state.statement = state.statement.options(
         with_loader_criteria(AdapterRow, AdapterRow.id.not_in(hidden), include_aliases=True),
         with_loader_criteria(VersionRow, VersionRow.adapter_id.not_in(hidden), include_aliases=True),
+        with_loader_criteria(RepositoryRow, RepositoryRow.id.not_in(repositories), include_aliases=True),
     )

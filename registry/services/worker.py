@@ -38,6 +38,9 @@ LEASE_S = 30.0
 POLL_S = 1.0
 REPORT_S = 0.5
 MAX_ATTEMPTS = 3
+# It goes on elsewhere, and this attempt was nobody's fault.
+GIVEN_BACK = {"state": JobState.QUEUED.value, "worker": None, "lease_until": None, "step": "",
+              "attempts": JobRow.attempts - 1}  # fmt: skip
 
 
 class JobStoppedError(TypedError):
@@ -70,6 +73,7 @@ class _Run:
 
     def run(self, kind: str, request: dict[str, Any], owner: str) -> None:
         """Do the work and write down how it ended."""
+        started = time.monotonic()
         self._beats.start()
         ended: dict[str, Any] = {"finished_at": now()}
         # What its owner may do was asked when it was submitted; the audit log is to name the owner.
@@ -79,8 +83,8 @@ class _Run:
         except JobStoppedError:
             if self._stop == "cancelled":
                 ended["state"] = JobState.CANCELLED.value
-            else:  # it goes on elsewhere, and this attempt was nobody's fault
-                ended |= {"state": JobState.QUEUED.value, "finished_at": None, "attempts": JobRow.attempts - 1}
+            else:
+                ended |= {**GIVEN_BACK, "finished_at": None}
         except TypedError as error:
             ended |= {"state": JobState.FAILED.value, "error": error.as_dict()}
         except Exception:
@@ -97,7 +101,10 @@ class _Run:
             self._over.set()
             self._beats.join()
         ended["finished_at"] = ended["finished_at"] and now()
-        if not self._write(worker=None, lease_until=None, step="", **ended):
+        ms, code = round((time.monotonic() - started) * 1000), ended.get("error", {}).get("code")
+        fields = {"job": self._job_id, "kind": kind, "state": ended["state"], "subject": owner, "ms": ms, "error": code}
+        log.info("job %s (%s) is %s", self._job_id, kind, ended["state"], extra={"fields": fields})
+        if not self._write(**{"worker": None, "lease_until": None, "step": "", **ended}):
             log.warning("job %s went on elsewhere; what was done here is not counted", self._job_id)
 
     def _beat(self) -> None:
@@ -141,12 +148,24 @@ class Worker:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Stop at the next block; what was running is queued again."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """Stop at the next block; what was running is queued again. Returns whether all threads ended.
+
+        A thread that is deep in a long step for more than `seconds` is left behind, and may write nothing any more: its
+        job is given back, and the process should end.
+        """
         self.stopping.set()
         self._wake.set()
+        deadline = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            return True
+        log.warning("a running job did not stop in time; it is given back")
+        with session_scope(self.registry.engine, writes=True) as session:
+            mine = (JobRow.worker == self.name, JobRow.state == JobState.RUNNING.value)
+            session.execute(update(JobRow).where(*mine).values(**GIVEN_BACK))
+        return False
 
     def drain(self) -> None:
         """Run what waits in this thread, and return when nothing does."""

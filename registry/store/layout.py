@@ -4,7 +4,8 @@ REGISTRY_HOME/                       default ~/.local/share/registry
 ├── registry.db                      the catalogue, unless REGISTRY_DATABASE_URL says otherwise
 ├── store/
 │   ├── blobs/sha256/ab/abcd…        one file a digest, read-only, written once
-│   ├── xorbs/ab/abcd…               chunks of files that Xet clients uploaded
+│   ├── xorbs/ab/abcd…               chunks that Xet clients uploaded; abcd….places where they are in blobs by now
+│   ├── chunks/ab/abcd…              digests of the chunks of files, for reading ranges of them
 │   └── incoming/                    half-written blobs; nothing reads them
 ├── graphs/                          weightless ONNX graphs, one an architecture
 ├── uploads/                         bases that came over REST
@@ -50,6 +51,11 @@ class Layout:
         return self.home / "store" / "xorbs"
 
     @property
+    def chunks(self) -> Path:
+        """The folder of lists of chunk digests."""
+        return self.home / "store" / "chunks"
+
+    @property
     def incoming(self) -> Path:
         """Half-written blobs."""
         return self.home / "store" / "incoming"
@@ -74,6 +80,22 @@ class Layout:
         """What the service composed."""
         return self.home / "compositions"
 
+    def xorb(self, name: str) -> Path:
+        """The place of one xorb."""
+        return self.xorbs / name[:2] / name
+
+    def xorb_places(self, name: str) -> Path:
+        """The file that says where the chunks of a xorb lie in blobs."""
+        return self.xorbs / name[:2] / f"{name}.places"
+
+    def xorb_files(self, name: str) -> list[Path]:
+        """What there is of a xorb: itself, or the places of its chunks."""
+        return [path for path in (self.xorb(name), self.xorb_places(name)) if path.is_file()]
+
     def blob(self, sha256: str) -> Path:
         """The place of one blob."""
         return self.blobs / sha256[:2] / sha256
+
+    def chunk_list(self, sha256: str) -> Path:
+        """The place of the digests of a file's chunks."""
+        return self.chunks / sha256[:2] / sha256

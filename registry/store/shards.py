@@ -13,14 +13,16 @@ Sources: the format as https://huggingface.co/docs/xet describes it.
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from composer.errors import CorruptFileError, UsageError
 from composer.sinks import storage_errors
 from registry.store.local import LocalStore
-from registry.store.xorbs import XorbStore, hash_text
+from registry.store.xorbs import Piece, XorbStore, hash_text
 
-__all__ = ["MAX_SHARD", "ShardFile", "assemble", "read_shard"]
+__all__ = ["MAX_SHARD", "ShardFile", "assemble", "read_shard", "release"]
 
 MAX_SHARD = 64 << 20
 ENTRY = 48
@@ -78,12 +80,10 @@ def read_shard(data: bytes) -> list[ShardFile]:
 
 
 def assemble(file: ShardFile, xorbs: XorbStore, store: LocalStore, limit: int) -> None:
-    """Make a file's blob, unless it is there.
+    """Make a file's blob. One that is there already is made and checked all the same: a sender must have the bytes.
 
     Raises CorruptFileError when its bytes are not those that the shard states, NotFoundError when a xorb is missing.
     """
-    if store.holds(file.sha256):
-        return
     if file.size > limit:
         raise UsageError("the file is too large", expected=f"at most {limit} bytes", found=file.size)
     with storage_errors("storing an upload"), store.receive(file.sha256) as writer:
@@ -96,3 +96,15 @@ def assemble(file: ShardFile, xorbs: XorbStore, store: LocalStore, limit: int) -
                 raise CorruptFileError(
                     "a segment has another size than its shard states", expected=segment.size, found=size
                 )
+
+
+def release(files: Sequence[ShardFile], xorbs: XorbStore) -> None:
+    """Drop the xorbs whose chunks all lie in the blobs of `files`, which are there."""
+    pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+    for file in files:
+        offset = 0
+        for segment in file.segments:
+            pieces[segment.xorb].append(Piece(segment.start, segment.stop, file.sha256, offset))
+            offset += segment.size
+    for name, found in pieces.items():
+        xorbs.release(name, found)

@@ -4,13 +4,17 @@
     scheme  0 as it is   1 an LZ4 frame   2 an LZ4 frame of the bytes dealt out by their index modulo 4
     hash    root of a Merkle tree over BLAKE3 of the chunks, checked before a xorb is kept
 
-    store/xorbs/ab/abcd…    as it was uploaded. Clients remember what they sent and do not send it again, so xorbs stay.
+    store/xorbs/ab/abcd…           as it was uploaded
+    store/xorbs/ab/abcd….places    where its chunks lie in blobs, once they all do: the same bytes are not kept twice
+
+Clients remember what they sent and do not send it again, so a xorb goes on being one while its blobs are there.
 
 Sources: the format and the hash as https://huggingface.co/docs/xet describes them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -25,10 +29,10 @@ import numpy as np
 from blake3 import blake3
 
 from composer.errors import CorruptFileError, NotFoundError, UsageError
-from composer.sinks import fsync_folder, storage_errors
+from composer.sinks import fsync_folder, make_folder, storage_errors
 from registry.store.layout import Layout
 
-__all__ = ["MAX_XORB", "XorbStore", "hash_text", "xorb_hash"]
+__all__ = ["MAX_XORB", "Piece", "XorbStore", "collect_places", "hash_text", "missing_xorb", "xorb_hash"]
 
 MAX_XORB = 72 << 20  # 64 MiB of chunks, their headers and the footer
 MAX_CHUNK = 1 << 20
@@ -48,6 +52,16 @@ class _Chunk:
     stored: int
     scheme: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Chunks `start` to `stop` of a xorb lie one after another in a blob, from `offset` on."""
+
+    start: int
+    stop: int
+    sha256: str
+    offset: int
 
 
 class XorbStore:
@@ -75,7 +89,9 @@ class XorbStore:
                     os.fsync(descriptor)
                 if found != name:
                     raise CorruptFileError("the chunks are not those of the xorb", expected=name, found=found)
-                place.parent.mkdir(parents=True, exist_ok=True)
+                if self._placed(name):
+                    return
+                make_folder(place.parent)
                 os.replace(aside, place)
                 fsync_folder(place.parent)
             finally:
@@ -85,23 +101,90 @@ class XorbStore:
         """The bytes of chunks `start` to `stop` of a xorb. Raises NotFoundError where it is not here."""
         place = self._place(name)
         if not place.is_file():
-            raise NotFoundError(
-                f"the xorb {name[:12]} is not here",
-                expected="xorbs before the shard that names them",
-                found=name,
-                remedy="remove the client's Xet cache (HF_XET_CACHE) and push again",
-            )
+            yield from self._from_blobs(name, start, stop)
+            return
         with place.open("rb") as file:
             index = list(_index(file))
-            if not 0 <= start < stop <= len(index):
-                raise CorruptFileError(f"the xorb {name[:12]} has {len(index)} chunks", found=[start, stop])
+            _check_range(name, start, stop, len(index))
             for chunk in index[start:stop]:
                 yield _read(file, chunk)
+
+    def release(self, name: str, pieces: Sequence[Piece]) -> None:
+        """Drop a xorb all of whose chunks lie in blobs, and keep where; one that is covered in part stays."""
+        place = self._place(name)
+        if not place.is_file():
+            return
+        with place.open("rb") as file:
+            lengths = [chunk.length for chunk in _index(file)]
+        places: list[tuple[str, int, int] | None] = [None] * len(lengths)
+        for piece in pieces:
+            offset = piece.offset
+            for number in range(piece.start, piece.stop):
+                places[number] = (piece.sha256, offset, lengths[number])
+                offset += lengths[number]
+        if None in places:
+            return
+        with storage_errors("noting where the chunks of a xorb lie"):
+            self._layout.incoming.mkdir(parents=True, exist_ok=True)
+            descriptor, aside = tempfile.mkstemp(dir=self._layout.incoming)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(places, file, separators=(",", ":"))
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(aside, self._layout.xorb_places(name))
+            place.unlink()
+            fsync_folder(place.parent)
+
+    def _placed(self, name: str) -> bool:
+        """Whether the chunks of a xorb are known to lie in blobs, and these are there."""
+        place = self._layout.xorb_places(name)
+        return place.is_file() and all(self._layout.blob(sha256).is_file() for sha256 in _blobs(place))
+
+    def _from_blobs(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        if not self._placed(name):
+            raise missing_xorb(name)
+        places = json.loads(self._layout.xorb_places(name).read_bytes())
+        _check_range(name, start, stop, len(places))
+        for sha256, offset, length in places[start:stop]:
+            with self._layout.blob(sha256).open("rb") as file:
+                file.seek(offset)
+                yield file.read(length)
 
     def _place(self, name: str) -> Path:
         if not HASH.fullmatch(name):
             raise UsageError(f"{name!r} is not the hash of a xorb", expected="64 hex digits", found=name)
-        return self._layout.xorbs / name[:2] / name
+        return self._layout.xorb(name)
+
+
+def missing_xorb(name: str) -> NotFoundError:
+    """The failure of a xorb that is not here, or that somebody else sent."""
+    return NotFoundError(
+        f"the xorb {name[:12]} is not here",
+        expected="xorbs before the shard that names them",
+        found=name,
+        remedy="remove the client's Xet cache (HF_XET_CACHE) and push again",
+    )
+
+
+def collect_places(layout: Layout, before: float) -> int:
+    """Remove what says where chunks lie in blobs that are gone; returns how many bytes."""
+    removed = 0
+    for place in layout.xorbs.glob("??/*.places"):
+        stat = place.stat()
+        if stat.st_mtime < before and not all(layout.blob(sha256).is_file() for sha256 in _blobs(place)):
+            place.unlink()
+            removed += stat.st_size
+    return removed
+
+
+def _blobs(place: Path) -> set[str]:
+    """The blobs that hold the chunks of a xorb."""
+    return {sha256 for sha256, _, _ in json.loads(place.read_bytes())}
+
+
+def _check_range(name: str, start: int, stop: int, count: int) -> None:
+    if not 0 <= start < stop <= count:
+        raise CorruptFileError(f"the xorb {name[:12]} has {count} chunks", found=[start, stop])
 
 
 def _index(file: BinaryIO) -> Iterator[_Chunk]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,30 @@ def test_stopping_a_worker_queues_its_job_again(
     worker._run_one()
     info = jobs.get(job.id)
     assert (info.state, info.attempts, info.finished_at) == (JobState.QUEUED, 0, None)
+
+
+def test_a_worker_that_does_not_stop_gives_its_job_back(
+    jobs: JobService, registry: LocalRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long step has no place to stop at: the job is queued as if it had never begun, and the thread changes nothing."""
+    job = jobs.submit(parse_recipe("base+a"))
+    begun, release, compose = threading.Event(), threading.Event(), registry.compose
+
+    def stuck(*args: Any, **options: Any) -> Any:
+        begun.set()
+        release.wait(60)
+        return compose(*args, **{**options, "progress": None})
+
+    monkeypatch.setattr(registry, "compose", stuck)
+    worker = Worker(registry)
+    worker.start()
+    assert begun.wait(60)
+    assert not worker.stop(0.1)
+    for _ in range(2):
+        info = jobs.get(job.id)
+        assert (info.state, info.attempts, info.finished_at) == (JobState.QUEUED, 0, None)
+        release.set()
+        assert worker.stop()
 
 
 def test_the_same_recipe_twice_is_one_job_and_one_result(jobs: JobService, registry: LocalRegistry) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from registry.access import Principal, Role, Scope
 from registry.api.app import create_app
 from registry.db import session_scope
 from registry.errors import (
+    CollectedError,
     DependentsError,
     ForbiddenError,
     LicenceConflictError,
@@ -30,8 +32,11 @@ from registry.errors import (
 from registry.licences import TERMS, assess_licences
 from registry.models import VersionRow
 from registry.schemas import LicenceLevel, Relation, VersionState
+from registry.services.blobs import LOCK, require_blobs
 from registry.services.jobs import JobService
 from registry.services.local import LocalRegistry
+from registry.services.publishing import Publishing
+from registry.services.pushing import Pushing, Put
 from registry.services.worker import Worker
 from tests.support import write_base, write_lora
 
@@ -237,27 +242,94 @@ def test_gc_removes_what_nothing_names_and_nothing_else(registry: LocalRegistry,
 def test_a_file_that_is_published_while_gc_looks_is_kept(
     registry: LocalRegistry, tmp_path: Path, old: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The publish finds the file there and only touches it, after gc decided to remove it: gc puts it back."""
-    from registry.services.collection import Collection
+    """A publish finds the file there and names it, or only touches it, after gc saw that nothing did."""
+    from registry.services import collection
 
     registry.delete_version("team/a@1.0.0")
-    old()
-    rename, published = os.rename, threading.Event()
+    look, insert = collection._older, Publishing._insert
+    for named in (False, True):
 
-    def publish_first(source: Any, target: Any) -> None:
-        if not published.is_set() and "collected-" in str(target):
-            published.set()
-            monkeypatch.setattr("registry.services.publishing.Publishing._insert", Mock())
-            registry.publish(tmp_path / "1.0.0", name="team/again")
-            monkeypatch.undo()
-        rename(source, target)
+        def look_first(*args: Any, named: bool = named) -> Any:
+            found = list(look(*args))
+            if args[0] == registry.layout.blobs:
+                assert found
+                if not named:
+                    monkeypatch.setattr(Publishing, "_insert", Mock())
+                registry.publish(tmp_path / "1.0.0", name="team/again", base="base")
+                monkeypatch.setattr(Publishing, "_insert", insert)
+            return iter(found)
 
-    monkeypatch.setattr("registry.services.collection.os.rename", publish_first)
-    assert Collection(registry.engine, registry.layout)
-    assert registry.collect().blobs == 0
-    assert published.is_set()
-    assert registry.publish(tmp_path / "1.0.0", name="team/again", base="base").created
+        old()
+        monkeypatch.setattr(collection, "_older", look_first)
+        assert registry.collect().blobs == 0
     registry.pull("team/again", tmp_path / "whole")
+
+
+def test_a_file_that_gc_removes_before_it_is_named_is_stored_again(
+    registry: LocalRegistry, tmp_path: Path, old: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that jumps, or no grace at all: gc comes between the bytes and the row, and the publish is whole."""
+    store, runs = Publishing._store_files, []
+
+    def store_first(self: Any, *args: Any) -> Any:
+        found = store(self, *args)
+        if not runs:
+            old()
+            runs.append(registry.collect())
+        return found
+
+    monkeypatch.setattr(Publishing, "_store_files", store_first)
+    write_lora(tmp_path / "fresh", {MODULE: (6, 4)}, seed=77)
+    registry.publish(tmp_path / "fresh", name="team/fresh", base="base")
+    assert runs[0].blobs > 0
+    registry.pull("team/fresh", tmp_path / "whole")
+
+
+def test_nobody_removes_while_somebody_names(registry: LocalRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the bytes comes after the lock, and the lock is held to the end: another's gc could not begin."""
+    looks: list[bool] = []
+
+    def locked(*_: Any) -> bool:
+        if registry.engine.dialect.name == "sqlite":
+            other = sqlite3.connect(str(registry.engine.url.database), timeout=0)
+            with closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+        else:
+            with registry.engine.connect() as connection:
+                assert not connection.exec_driver_sql(f"SELECT pg_try_advisory_xact_lock({LOCK})").scalar()
+        looks.append(True)
+        return True
+
+    monkeypatch.setattr(registry.store, "holds", locked)
+    with session_scope(registry.engine, writes=True) as session:
+        require_blobs(session, registry.store, {"README.md": "0" * 64})
+        locked()
+    assert len(looks) == 2
+
+
+def test_a_push_whose_bytes_were_collected_is_refused(
+    registry: LocalRegistry, old: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gc removes what was sent while the push is checked: no commit names it, and the same push again is whole."""
+    publish, runs = Pushing._publish, []
+
+    def publish_and_collect(self: Any, *args: Any) -> Any:
+        outcome = publish(self, *args)
+        if not runs:
+            old()
+            runs.append(registry.collect().blobs)
+        return outcome
+
+    monkeypatch.setattr(Pushing, "_publish", publish_and_collect)
+    registry.repository_admin.create("team/draft")
+    for attempt in range(2):
+        with registry.store.receive() as writer:
+            writer.write(b"---\nlicense: mit\n---\n")
+        operations = [Put("README.md", writer.sha256)]
+        with nullcontext() if attempt else pytest.raises(CollectedError, match=r"README\.md"):
+            registry.pushing.commit("team/draft", "main", operations, title="a card")
+        assert registry.store.holds(writer.sha256) == bool(attempt)
+    assert runs == [1]
 
 
 @pytest.mark.parametrize(

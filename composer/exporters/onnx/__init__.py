@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.bottlenecks import BUNDLE
-from composer.errors import NotFoundError, OnnxVerificationError
+from composer.errors import NotFoundError
 from composer.exporters.onnx import bind, graph_cache, seq2seq, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.bottlenecks import insert_bottlenecks
@@ -124,13 +124,14 @@ def export_onnx(
             asides[file] = _write_aside(folder, file, bound.model)
         clock.append(time.perf_counter())
         say(f"verify {architecture.name} in ONNX Runtime against torch")
-        result = verify.verify(folder, list(asides.values()), architecture)
-        for file, aside in asides.items():
-            os.replace(aside, folder / file)
-    except OnnxVerificationError:
-        for file in graphs:
-            (folder / file).unlink(missing_ok=True)
-        raise
+        try:
+            result = verify.verify(folder, list(asides.values()), architecture)
+            for file, aside in asides.items():
+                os.replace(aside, folder / file)
+        except Exception:
+            for file in graphs:
+                (folder / file).unlink(missing_ok=True)
+            raise
     finally:
         for aside in asides.values():
             aside.unlink(missing_ok=True)

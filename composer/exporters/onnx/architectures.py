@@ -1,7 +1,7 @@
 """Which models the ONNX exporter knows, and what their graphs take and give.
 
-    causal LM   input_ids, attention_mask, position_ids, past_key_values.N.key|value → logits, present.N.key|value
-    encoder     input_ids, attention_mask [, token_type_ids]                         → last_hidden_state | logits
+    causal LM   input_ids, attention_mask [, position_ids], past_key_values.N.key|value → logits, present.N.key|value
+    encoder     input_ids, attention_mask [, token_type_ids]                            → last_hidden_state | logits
     seq2seq     two graphs of one row: see `seq2seq`
 
 Adding a model is adding a row to `ARCHITECTURES`, once the tests cover it. Opset 23 has the fused operators (Attention,
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from composer.errors import UnsupportedArchitectureError
+from composer.exporters.onnx.experts import EXPERT_ACTIVATION
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
 
@@ -32,6 +33,8 @@ class Architecture:
     inputs: the graph's int64 inputs without the KV cache, in order.
     output: the first output; `present.N.*` follow it for text generation.
     unused: the parts of the module that the output does not depend on; their weights are not in the graph.
+    family: the row of composer.renames that says how checkpoints name what the module names otherwise; "" for none.
+    experts: what checkpoints call the gate, up and down projection of an expert; empty for dense models.
     part: which of the two graphs of an encoder-decoder, once `seq2seq.parts` has split the row.
     own_head: the checkpoint stores an output head although the config ties it to the embedding.
     """
@@ -42,6 +45,8 @@ class Architecture:
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     output: str = "logits"
     unused: tuple[str, ...] = ()
+    family: str = ""
+    experts: tuple[str, str, str] | tuple[()] = ()
     part: Literal["", "encoder", "decoder"] = ""
     own_head: bool = False
 
@@ -56,8 +61,10 @@ class Architecture:
         return self.task == "text2text-generation"
 
 
-def _causal(name: str, opset: int = 23) -> Architecture:
-    return Architecture(name, "text-generation", opset, ("input_ids", "attention_mask", "position_ids"))
+def _causal(name: str, *, positions: bool = True, **options: Any) -> Architecture:
+    """positions: False for a model that takes them from the attention mask alone."""
+    inputs = ("input_ids", "attention_mask") + (("position_ids",) if positions else ())
+    return Architecture(name, "text-generation", inputs=inputs, **options)
 
 
 def _encoder(stem: str, *, token_types: bool, opset: int = 23) -> tuple[Architecture, ...]:
@@ -73,26 +80,38 @@ def _seq2seq(stem: str) -> Architecture:
     return Architecture(f"{stem}ForConditionalGeneration", "text2text-generation")
 
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
+        _causal("BloomForCausalLM", positions=False),
         _causal("CohereForCausalLM"),
         _causal("GPT2LMHeadModel"),
+        _causal("GPTNeoXForCausalLM", family="gpt_neox"),
+        _causal("Gemma2ForCausalLM"),
         _causal("Gemma3ForCausalLM"),
         _causal("GemmaForCausalLM"),
         _causal("GraniteForCausalLM"),
         _causal("LlamaForCausalLM"),
         _causal("MistralForCausalLM"),
+        _causal("MixtralForCausalLM", family="mixtral", experts=("w1", "w3", "w2")),
+        _causal("OPTForCausalLM"),
         _causal("Olmo2ForCausalLM"),
         _causal("Phi3ForCausalLM"),
         _causal("PhiForCausalLM"),
         _causal("Qwen2ForCausalLM"),
+        _causal("Qwen2MoeForCausalLM", experts=GATED),
         _causal("Qwen3ForCausalLM"),
+        _causal("Qwen3MoeForCausalLM", experts=GATED),
         _causal("SmolLM3ForCausalLM"),
         _causal("StableLmForCausalLM"),
         _causal("Starcoder2ForCausalLM"),
         *_encoder("Bert", token_types=True),
+        *_encoder("DebertaV2", token_types=False),
         *_encoder("DistilBert", token_types=False),
+        *_encoder("ModernBert", token_types=False, opset=20),
         *_encoder("Roberta", token_types=False),
         *_encoder("XLMRoberta", token_types=False),
         _seq2seq("Bart"),
@@ -109,7 +128,8 @@ def supported(config: dict[str, Any]) -> None:
 
     config: the parsed config.json of a checkpoint folder.
     Refused: an architecture that is not in the table, remote code, quantised weights, rotary embeddings that depend on
-    the length of the sequence, and other decoders with cross-attention than those of the table.
+    the length of the sequence, other decoders with cross-attention than those of the table, and experts with another
+    activation than SiLU.
     """
     architecture_of(config)
 
@@ -143,6 +163,9 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     for kind in _rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
             raise refuse(f"rotary embedding of type {kind!r} depends on the length of the sequence")
+    activation = config.get("hidden_act", EXPERT_ACTIVATION)
+    if ARCHITECTURES[found].experts and activation != EXPERT_ACTIVATION:
+        raise refuse(f"experts with the activation {activation!r} are not exported, only {EXPERT_ACTIVATION!r}")
     return ARCHITECTURES[found]
 
 

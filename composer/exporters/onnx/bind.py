@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composer.errors import OnnxExportError
-from composer.exporters.onnx.trace import ALIASES, PREFIX, UNUSED
+from composer.exporters.onnx.trace import ALIASES, FAMILY, PREFIX, UNUSED
+from composer.renames import module_names
 from composer.tensors import TensorSpec, read_header
 
 if TYPE_CHECKING:
@@ -98,19 +99,20 @@ def bind(graph: onnx.ModelProto, folder: Path) -> Bound:
     """
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     aliases: dict[str, list[str]] = json.loads(metadata[ALIASES])
-    prefix = metadata[PREFIX]
+    prefix, family = metadata[PREFIX], metadata[FAMILY]
     tensors = stored_tensors(folder)
+    renamed = (module_names(family, tuple(tensors)) if family else None) or {}
     left = {name for name in tensors if not NOT_WEIGHTS.search(name)}
     sources, missing, absent, tied = {}, [], [], []
     for first, names in aliases.items():
-        found = [key for name in names for key in _keys(name, prefix) if key in left]
+        found = [key for name in names for key in _keys(name, prefix, renamed) if key in left]
         if not found:
             (absent if first in ZERO_IF_ABSENT else missing).append(first)
             continue
         sources[first] = found[0]
         left.difference_update(found)
         tied += [(found[0], other) for other in found[1:]]
-    unused = [key for name in json.loads(metadata[UNUSED]) for key in _keys(name, prefix) if key in left]
+    unused = [key for name in json.loads(metadata[UNUSED]) for key in _keys(name, prefix, renamed) if key in left]
     left.difference_update(unused)
     if missing or left:
         raise OnnxExportError(
@@ -213,9 +215,14 @@ def rename_inputs(nodes: Iterable[onnx.NodeProto], renamed: Mapping[str, str]) -
             rename_inputs(attribute.g.node, renamed)
 
 
-def _keys(name: str, prefix: str) -> list[str]:
-    """The keys that a checkpoint may store this parameter under, the module's own name first."""
+def _keys(name: str, prefix: str, renamed: Mapping[str, str]) -> list[str]:
+    """The keys that a checkpoint may store this parameter under, the module's own name first.
+
+    renamed: what the checkpoint calls the parameters that its family names otherwise (see composer.renames).
+    """
     keys = [name]
+    if renamed.get(name, name) != name:
+        keys.append(renamed[name])
     if prefix:
         keys.append(name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
     # BERT checkpoints converted from TensorFlow still say gamma and beta; transformers reads them too.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPORTER_VERSION", "FLAVOUR", "digest_of", "load", "store"]
 
-EXPORTER_VERSION = 1
+EXPORTER_VERSION = 2
 """Raise it when a change to `trace` makes old graphs wrong."""
 FLAVOUR = "portable"
 CHECKSUM = "composer.sha256"

@@ -49,8 +49,10 @@ class LiveModel:
         if self.prefix:
             pairs = [tuple(part.expand(batch, -1, -1, -1) for part in pair) for pair in self.prefix]
             inputs["past_key_values"] = DynamicCache(pairs)
+            if "use_cache" in inputs:
+                inputs["use_cache"] = True
             if "position_ids" in inputs:
-                inputs |= {"use_cache": True, "position_ids": inputs["position_ids"] + self.tokens}
+                inputs["position_ids"] = inputs["position_ids"] + self.tokens
             return {self.output: self.module(input_ids=input_ids, attention_mask=mask, **inputs)[self.output]}
         real = self.module.get_input_embeddings()(input_ids)
         embeddings = torch.cat([self.prompt.expand(batch, -1, -1), real], dim=1)

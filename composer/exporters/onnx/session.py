@@ -105,8 +105,9 @@ def forward(
             for item in session.get_inputs()
             if item.name.startswith(PAST)
         }
-    positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
-    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, **past}
+    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, **past}
+    if any(item.name == "position_ids" for item in session.get_inputs()):
+        feeds["position_ids"] = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
     feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
     outputs = dict(zip([item.name for item in session.get_outputs()], session.run(None, feeds), strict=True))
     return outputs["logits"], {name: outputs[name.replace(PAST, PRESENT, 1)] for name in past}

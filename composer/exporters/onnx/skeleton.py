@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.exporters.onnx.architectures import Architecture
+from composer.exporters.onnx.experts import separate_experts
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,12 @@ def weightless_module(folder: Path, architecture: Architecture) -> torch.nn.Modu
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not isinstance(config, cls.config_class):
         raise TypeError(f"model_type {config.model_type!r} is not one of {cls.__name__}")
+    # What from_pretrained chooses as well: some models have no scaled_dot_product_attention, or one without soft caps.
+    attention = "sdpa" if cls._supports_sdpa else "eager"
     with NoStorage():
-        module = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+        module = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
+        if architecture.experts:
+            separate_experts(module, architecture.experts)
     _as_weights(module, architecture)
     persistent = {name for name, _ in module.named_buffers()} & set(module.state_dict())
     if persistent:

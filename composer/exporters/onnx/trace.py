@@ -4,7 +4,8 @@
                 → ModelProto in float32; every parameter is an initializer with external data that points nowhere yet
 
 The parameters keep the module's own names and [out, in] layout, so that `bind` can point them into safetensors files.
-What `bind` has to know besides is in the graph's metadata: which names are tied, and the base model's prefix.
+What `bind` has to know besides is in the graph's metadata: which names are tied, the base model's prefix, and the rules
+by which checkpoints of this family are renamed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from composer.errors import OnnxExportError
 from composer.exporters.onnx import seq2seq
 from composer.exporters.onnx.architectures import Architecture
+from composer.exporters.onnx.experts import translations
 from composer.exporters.onnx.skeleton import quiet, weightless_module
 
 if TYPE_CHECKING:
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-__all__ = ["ALIASES", "PREFIX", "UNUSED", "trace"]
+__all__ = ["ALIASES", "FAMILY", "PREFIX", "UNUSED", "trace"]
 
 ALIASES = "composer.aliases"
 """Metadata: JSON object, initializer → every name of that parameter in the module (tied ones have several)."""
 PREFIX = "composer.base_model_prefix"
 """Metadata: the prefix that checkpoints of the bare base model leave out, such as ``bert`` or ``transformer``."""
+FAMILY = "composer.family"
+"""Metadata: the row of composer.renames whose checkpoints name parameters otherwise than the module; "" for none."""
 UNUSED = "composer.unused"
 """Metadata: JSON list of the module's parameters that the output does not depend on."""
 
@@ -56,7 +60,7 @@ def trace(folder: Path, architecture: Architecture) -> onnx.ModelProto:
         _optimise(graph_model, {f"model.{name}" for names in aliases.values() for name in names})
         metadata = _name_parameters(graph_model, aliases, used, architecture)
         _strip(graph_model)
-    metadata[PREFIX] = getattr(module, "base_model_prefix", "")
+    metadata |= {PREFIX: getattr(module, "base_model_prefix", ""), FAMILY: architecture.family}
     graph_model.metadata_props.update(metadata)
     graph_model.producer_name = "composer"
     graph_model.graph.name = architecture.name
@@ -85,8 +89,9 @@ def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kwargs["attention_mask"] = torch.ones(batch, past + length, dtype=torch.int64)
         shapes["attention_mask"] = {0: "batch_size", 1: "total_sequence_length"}
-        kwargs["position_ids"] = torch.arange(past, past + length)[None].expand(batch, length).clone()
-        shapes["position_ids"] = tokens
+        if "position_ids" in architecture.inputs:
+            kwargs["position_ids"] = torch.arange(past, past + length)[None].expand(batch, length).clone()
+            shapes["position_ids"] = tokens
         cache = {0: "batch_size", 2: "past_sequence_length"}
         kwargs["past_key_values"] = [
             (torch.zeros(batch, heads, past, head_dim), torch.zeros(batch, heads, past, head_dim))
@@ -99,7 +104,7 @@ def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
     elif "token_type_ids" in architecture.inputs:
         kwargs["token_type_ids"] = torch.zeros(batch, length, dtype=torch.int64)
         shapes["token_type_ids"] = tokens
-    wrapper = _wrap_causal(module) if architecture.is_causal else _wrap_encoder(module, architecture)
+    wrapper = _wrap_causal(module, architecture) if architecture.is_causal else _wrap_encoder(module, architecture)
     return _run(seq2seq.Example(wrapper, kwargs, shapes, input_names, output_names), architecture)
 
 
@@ -115,13 +120,14 @@ def _run(example: seq2seq.Example, architecture: Architecture) -> ir.Model:
             output_names=example.output_names,
             dynamo=True,
             opset_version=architecture.opset,
+            custom_translation_table=translations() if architecture.experts else None,
             optimize=False,
             verbose=False,
         )
     return program.model
 
 
-def _wrap_causal(module: torch.nn.Module) -> torch.nn.Module:
+def _wrap_causal(module: torch.nn.Module, architecture: Architecture) -> torch.nn.Module:
     import torch
     from transformers import DynamicCache
 
@@ -131,16 +137,19 @@ def _wrap_causal(module: torch.nn.Module) -> torch.nn.Module:
             self.model = module
 
         def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any) -> Any:
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=DynamicCache([(key, value) for key, value in past_key_values]),
-                use_cache=True,
-            )
+            return self.step(past_key_values, input_ids=input_ids, attention_mask=attention_mask,
+                             position_ids=position_ids)  # fmt: skip
+
+        def step(self, past_key_values: Any, **inputs: Any) -> Any:
+            cache = DynamicCache([(key, value) for key, value in past_key_values])
+            out = self.model(**inputs, past_key_values=cache, use_cache=True)
             return (out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)))
 
-    return Causal()
+    class CausalWithoutPositions(Causal):
+        def forward(self, input_ids: Any, attention_mask: Any, past_key_values: Any) -> Any:
+            return self.step(past_key_values, input_ids=input_ids, attention_mask=attention_mask)
+
+    return Causal() if "position_ids" in architecture.inputs else CausalWithoutPositions()
 
 
 def _wrap_encoder(module: torch.nn.Module, architecture: Architecture) -> torch.nn.Module:

@@ -106,8 +106,9 @@ def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture)
     live = LiveModel(module, folder, architecture)
     sessions = [open_session(path) for path in paths]
     longest = _longest(module.config) - live.tokens
-    texts = _text_prompts(folder, module.config, longest)
-    randoms = _random_prompts(module.config, longest)
+    tokenizer = _tokenizer(folder)
+    texts = _text_prompts(tokenizer, module.config, longest)
+    randoms = _random_prompts(tokenizer, module.config, longest)
     run = _check_causal if architecture.is_causal else _check_encoder
     session: Any = sessions[0]
     if architecture.is_seq2seq:
@@ -125,7 +126,16 @@ def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture)
         batches.append(("random ids, decoding from a prefix", randoms, {"prefix": 3}))
     checks, largest, scale = [], 0.0, 0.0
     for name, rows, options in batches:
-        check, absmax = run(session, live, architecture, rows, **options)
+        try:
+            check, absmax = run(session, live, architecture, rows, **options)
+        except Exception as error:
+            raise OnnxVerificationError(
+                f"onnx: {name}: the exported graph cannot be compared: {type(error).__name__}: {error}",
+                expected="a pass of torch and one of ONNX Runtime over the same ids",
+                found=type(error).__name__,
+                remedy="export safetensors instead, or report the configuration that failed",
+                checks=checks,
+            ) from error
         checks.append({"check": name, "rows": len(rows), **check})
         # np.maximum, unlike max, keeps NaN.
         largest, scale = (float(np.maximum(largest, check["max_abs_diff"])), max(scale, absmax))
@@ -133,7 +143,7 @@ def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture)
 
 
 def _check_causal(
-    session: Any, live: LiveModel, _architecture: Architecture, rows: list[list[int]], parts: int = 1
+    session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]], parts: int = 1
 ) -> tuple[dict[str, Any], float]:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
@@ -155,11 +165,11 @@ def _check_causal(
         part, past = forward(session, token, mask, past)
         logits.append(part)
     got = np.concatenate(logits, axis=1)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    inputs: dict[str, Any] = {"use_cache": False}
+    if "position_ids" in architecture.inputs:
+        inputs["position_ids"] = torch.from_numpy(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
     with torch.no_grad():
-        expected = live(
-            torch.from_numpy(ids), torch.from_numpy(mask), position_ids=torch.from_numpy(positions), use_cache=False
-        )["logits"].numpy()
+        expected = live(torch.from_numpy(ids), torch.from_numpy(mask), **inputs)["logits"].numpy()
     tokens = np.concatenate([ids[:, length:], token], axis=1)
     difference, absmax = _difference(got, expected, mask)
     check = {
@@ -275,13 +285,19 @@ def _longest(config: Any) -> int:
     return (getattr(config, "max_position_embeddings", None) or 512) - NEW_TOKENS - 2
 
 
-def _text_prompts(folder: Path, config: Any, longest: int) -> list[list[int]]:
-    """The fixed prompts through the folder's tokenizer and chat template; none when the folder has no tokenizer."""
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None when it has none."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _text_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:
+    """The fixed prompts through the tokenizer and its chat template; none without a tokenizer."""
+    if tokenizer is None:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     rows = []
     for prompt in PROMPTS:
         chat = bool(getattr(tokenizer, "chat_template", None))
@@ -301,8 +317,11 @@ def _text_prompts(folder: Path, config: Any, longest: int) -> list[list[int]]:
     return [row for row in rows if row]
 
 
-def _random_prompts(config: Any, longest: int) -> list[list[int]]:
-    """Seeded ids from the whole vocabulary without the padding id; the last row crosses a small sliding window."""
+def _random_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:
+    """Seeded ids that the tokenizer knows, or all without one, but not the padding's.
+
+    The last row crosses a small sliding window.
+    """
     import numpy as np
 
     lengths = [5, 9, 12]
@@ -312,4 +331,6 @@ def _random_prompts(config: Any, longest: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
     padding = getattr(config, "pad_token_id", None)
     allowed = np.setdiff1d(np.arange(config.vocab_size), [-1 if padding is None else padding])
+    if tokenizer is not None:
+        allowed = np.intersect1d(allowed, list(tokenizer.get_vocab().values()))
     return [generator.choice(allowed, max(1, min(length, longest))).tolist() for length in lengths]

@@ -63,7 +63,7 @@ class _Splice:
         look_up = self._look_up()
         batch, inserted = self._common(count)
         self._mask(batch, count)
-        if self.architecture.is_causal:
+        if "position_ids" in self.architecture.inputs:
             numbers = self._constant("positions", range(count), [1, count])
             before = self._repeated(numbers, inserted, [batch, inserted])
             moved = self._add("Add", ["position_ids", self._constant("count", [count])])
@@ -105,7 +105,8 @@ class _Splice:
         count = next(iter(specs.values())).shape[2]
         batch, inserted = self._common(count)
         self._mask(batch, count)
-        self._rename("position_ids", self._add("Add", ["position_ids", self._constant("count", [count])]))
+        if "position_ids" in self.architecture.inputs:
+            self._rename("position_ids", self._add("Add", ["position_ids", self._constant("count", [count])]))
         for name in caches:
             _, heads, _, size = specs[name].shape
             sizes = [batch, self._constant("heads", [heads]), inserted, self._constant("size", [size])]

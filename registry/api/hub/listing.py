@@ -1,6 +1,7 @@
 """``GET /api/models``: what is here, by tag, author and words.
 
 filter=base_model:adapter:X   filter=base_hash:wf1:…   filter=kind:lora   any tag of a card; all of them must fit
+sort=createdAt|lastModified|downloads    the newest, the last changed, the most downloaded first; else by name
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ from registry.access import Scope
 from registry.api.deps import Registered, require
 from registry.api.hub.errors import HubRoute
 from registry.api.hub.shapes import model, tags_of
-from registry.schemas import VersionInfo
-from registry.services import listing
+from registry.schemas import BaseInfo, VersionInfo
+from registry.services.listing import Listing, Order
+from registry.services.listing import Query as Wanted
 
 router = APIRouter(route_class=HubRoute, dependencies=[Depends(require(Scope.READ))], include_in_schema=False)
 
 PAGE = 500
-BY_NAME = ("trendingScore", "downloads", "likes")  # nothing here has any, so all are equal and the name decides
+ORDERS = {
+    "createdAt": Order.CREATED,
+    "lastModified": Order.CHANGED,
+    "downloads": Order.DOWNLOADS,
+    "trendingScore": Order.NAME,  # nothing here has any, so all are equal and the name decides
+    "likes": Order.NAME,
+}
 UNDERSTOOD = frozenset(
     {"filter", "author", "search", "sort", "direction", "limit", "cursor", "full", "cardData", "config", "expand"}
 )
@@ -35,21 +43,27 @@ def list_models(
     author: str | None = None,
     search: str | None = None,
     sort: str | None = None,
+    direction: str | None = None,
     limit: Annotated[int, Query(ge=1)] = PAGE,
     cursor: str | None = None,
 ) -> list[dict[str, Any]]:
     """A page of repositories; the header Link leads to the next."""
-    if sort is not None and sort not in BY_NAME:
-        raise UsageError(f"no order by {sort!r}", expected=list(BY_NAME), found=sort, remedy="leave the order out")
+    if sort is not None and sort not in ORDERS:
+        raise UsageError(f"no order by {sort!r}", expected=list(ORDERS), found=sort, remedy="leave the order out")
+    if direction not in (None, "-1"):
+        raise UsageError("orders go down only", expected="-1", found=direction, remedy="leave the direction out")
     if unknown := sorted(set(request.query_params) - UNDERSTOOD):
         raise UsageError(f"no filter by {unknown[0]!r}", expected=sorted(UNDERSTOOD), found=unknown, remedy="use a tag")
     wanted = tuple(part for tag in tags or () for part in tag.split(",") if part)
-    query = listing.Query(wanted, author, search)
-    found, following = listing.Listing(registry.engine, tags_of).page(query, min(limit, PAGE), cursor)
+    query = Wanted(wanted, author, search, ORDERS.get(sort or "", Order.NAME))
+    found, following = Listing(registry.engine, tags_of).page(query, min(limit, PAGE), cursor)
     if following is not None:
         url = request.url.include_query_params(cursor=following)
         response.headers["Link"] = f'<{url}>; rel="next"'
-    return [
-        model(noun.name, noun.digest[7:47] if isinstance(noun, VersionInfo) else None, noun.created_at, noun)
-        for noun in found
-    ]
+    return [_listed(item.noun, item.downloads) for item in found]
+
+
+def _listed(noun: VersionInfo | BaseInfo, downloads: int) -> dict[str, Any]:
+    adapter = noun if isinstance(noun, VersionInfo) else None
+    commit, private = (adapter.digest[7:47], adapter.private) if adapter else (None, False)
+    return model(noun.name, commit, noun.created_at, noun, private=private, downloads=downloads)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Form, Request, Response
 
 from registry.access import Principal, Scope
-from registry.api.deps import Registered, file_response, require
+from registry.api.deps import Registered, count_download, file_response, require
 from registry.api.hub.errors import HubRoute
 from registry.api.hub.requests import MODEL, RepositoryId, Revision, namespace_of
 from registry.api.hub.shapes import LARGE, describe, directory, entry, entry_oid, time
@@ -140,7 +140,9 @@ def resolve(
     place = registry.repositories.path(snapshot, path)
     file = snapshot.files[path]
     oid = entry_oid(registry.repositories, snapshot, file)
+    if snapshot.version and request.method == "GET":
+        count_download(request, registry, snapshot.version, path)
     headers = {"X-Repo-Commit": snapshot.commit}
     if file.size >= LARGE:
         headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{oid}"'}
-    return file_response(request, place, path, oid, headers)
+    return file_response(request, place, path, file.sha256, oid=oid, more=headers)

@@ -41,11 +41,17 @@ class Repository(Sent):
 
     def check(self) -> None:
         """Raise PolicyError for what is asked for and not offered."""
-        for wanted, found in (("model", self.type or "model"), ("public", self.visibility or "public")):
-            if found != wanted:
-                _refuse(wanted, found)
-        if self.private or self.gated:
-            _refuse("public", "private" if self.private else "gated")
+        if (self.type or "model") != "model":
+            _refuse("model", str(self.type))
+        if self.visibility not in (None, "public", "private"):
+            _refuse("public or private", self.visibility)
+        if self.gated:
+            _refuse("private", "gated")
+
+    @property
+    def hidden(self) -> bool | None:
+        """Whether it is to be private, None where nothing is said of that."""
+        return self.visibility == "private" if self.visibility else self.private
 
 
 def _refuse(wanted: str, found: str) -> None:
@@ -86,7 +92,7 @@ def create(
     name = body.named(caller)
     url = f"{str(request.base_url).rstrip('/')}/{name}"
     try:
-        registry.repository_admin.create(name)
+        registry.repository_admin.create(name, private=bool(body.hidden))
     except RepositoryExistsError as error:
         refused = hub_error(error)
         content = {"error": error.message, "url": url, "name": name}
@@ -110,10 +116,11 @@ def move(body: Move, registry: Registered) -> dict[str, Any]:
 
 @router.put(f"{MODEL}/settings")
 def settings(repository: RepositoryId, body: Repository, registry: Registered) -> dict[str, Any]:
-    """What may be set is public and not gated, as every repository is."""
-    registry.repositories.snapshot(repository)
+    """Public or private; gated is not offered."""
     body.check()
-    return {"private": False, "gated": False}
+    if body.hidden is not None:
+        registry.repository_admin.set_private(repository, body.hidden)
+    return {"private": registry.repositories.snapshot(repository).private, "gated": False}
 
 
 @router.post(f"{MODEL}/branch/{{branch:path}}")

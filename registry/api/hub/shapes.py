@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from composer.errors import CorruptFileError
@@ -22,6 +20,8 @@ from registry.services.repositories import Repositories, Snapshot
 __all__ = ["LARGE", "describe", "directory", "entry", "entry_oid", "model", "tags_of"]
 
 LARGE = 10 << 20
+MAX_OIDS = 1 << 16
+SMALL_OIDS: dict[str, str] = {}  # git's id of a file by its sha256: the one follows from the other
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
 
 
@@ -36,12 +36,22 @@ def describe(repositories: Repositories, snapshot: Snapshot) -> dict[str, Any]:
     siblings = [
         {"rfilename": name, **_sizes(repositories, snapshot, file)} for name, file in sorted(snapshot.files.items())
     ]
-    info = model(snapshot.repository, snapshot.commit, snapshot.created_at, snapshot.version or snapshot.base)
+    noun = snapshot.version or snapshot.base
+    info = model(
+        snapshot.repository, snapshot.commit, snapshot.created_at, noun,
+        private=snapshot.private, downloads=snapshot.downloads,
+    )  # fmt: skip
     return {**info, "cardData": card or None, "siblings": siblings}
 
 
 def model(
-    repository: str, commit: str | None, changed: datetime | None, noun: VersionInfo | BaseInfo | None
+    repository: str,
+    commit: str | None,
+    changed: datetime | None,
+    noun: VersionInfo | BaseInfo | None,
+    *,
+    private: bool,
+    downloads: int,
 ) -> dict[str, Any]:
     """What a listing shows of a repository."""
     library = "peft" if isinstance(noun, VersionInfo) else "transformers" if noun else None
@@ -53,10 +63,10 @@ def model(
         "sha": commit,
         "lastModified": time(changed),
         "createdAt": time(noun.created_at if noun else changed),
-        "private": False,
+        "private": private,
         "gated": False,
         "disabled": False,
-        "downloads": 0,
+        "downloads": downloads,
         "likes": 0,
         "library_name": library,
         "tags": tags_of(noun),
@@ -97,7 +107,11 @@ def entry_oid(repositories: Repositories, snapshot: Snapshot, file: FileInfo) ->
     """What a client compares with its own file, and caches it by: sha256 of a large one, git's id of a small one."""
     if file.size >= LARGE:
         return file.sha256
-    return _small_oid(file.sha256, repositories.path(snapshot, file.name))
+    if (known := SMALL_OIDS.get(file.sha256)) is None:
+        known = SMALL_OIDS[file.sha256] = git_oid(repositories.read(snapshot, file.name))
+        if len(SMALL_OIDS) > MAX_OIDS:
+            SMALL_OIDS.pop(next(iter(SMALL_OIDS)), None)
+    return known
 
 
 def _sizes(repositories: Repositories, snapshot: Snapshot, file: FileInfo) -> dict[str, Any]:
@@ -108,16 +122,11 @@ def _sizes(repositories: Repositories, snapshot: Snapshot, file: FileInfo) -> di
     return {"size": file.size, "blobId": git_oid(pointer), "lfs": lfs}
 
 
-@lru_cache(maxsize=1 << 16)
-def _small_oid(sha256: str, path: Path) -> str:
-    return git_oid(path.read_bytes())
-
-
 def _card(repositories: Repositories, snapshot: Snapshot) -> dict[str, Any]:
     """The front matter of README.md, with the base by the name that it has here; of one that is no YAML, nothing."""
     if "README.md" not in snapshot.files:
         return {}
-    text = repositories.path(snapshot, "README.md").read_bytes()[:MAX_CARD_BYTES].decode("utf-8", "replace")
+    text = repositories.read(snapshot, "README.md")[:MAX_CARD_BYTES].decode("utf-8", "replace")
     try:
         fields, _ = split_card(text)
     except CorruptFileError:

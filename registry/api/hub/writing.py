@@ -12,15 +12,14 @@ from __future__ import annotations
 import base64
 import binascii
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, UsageError
-from composer.files import refuse_pickles
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.api.deps import Registered, require
@@ -106,7 +105,7 @@ def validate_yaml(body: dict[str, Any]) -> dict[str, Any]:
 def preupload(
     request: Request, repository: RepositoryId, revision: Revision, body: Preupload, registry: Registered
 ) -> dict[str, Any]:
-    """How each file is to be sent. Pickles and files that are too large are refused before they are."""
+    """How each file is to be sent. Files that may not be here or are too large are refused before they are."""
     snapshot = registry.repositories.snapshot(repository, revision)
     limit: int = request.app.state.max_upload_bytes
     answers = []
@@ -213,7 +212,7 @@ class CommitReader:
             file = File.model_validate(value)
             if not is_ignored(file.path):
                 data = base64.b64decode(file.content) if file.encoding == "base64" else file.content.encode()
-                self.operations.append(Put(_check_path(file.path), self._keep(file.path, data)))
+                self.operations.append(Put(_check_path(file.path), self._keep(file.path, data), sent=True))
         elif key == "lfsFile":
             large = LargeFile.model_validate(value)
             self.operations.append(Put(_check_path(large.path), large.oid))
@@ -227,6 +226,6 @@ class CommitReader:
 
 
 def _check_path(path: str) -> str:
-    """`path`, if a file may be called so here. Raises UsageError, or UnsafeFormatError for a pickle."""
-    refuse_pickles({path: Path(path)}, "safetensors")
+    """`path`, if a file may be called so here. Raises UsageError, or UnsafeFormatError for what is never kept."""
+    refuse_unsafe([path])
     return check_file_name(path)

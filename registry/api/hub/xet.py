@@ -9,7 +9,8 @@ Downloads need none of it: every file is a plain blob.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -21,6 +22,9 @@ from registry.api.hub.errors import HubRoute
 from registry.api.hub.requests import MODEL, RepositoryId, Revision
 from registry.api.uploads import feed_body
 
+if TYPE_CHECKING:
+    from registry.store.xorbs import XorbStore
+
 router = APIRouter(route_class=HubRoute, include_in_schema=False)
 
 
@@ -30,7 +34,8 @@ def write_token(
 ) -> dict[str, Any]:
     """A token for uploads, and where they go."""
     registry.repositories.snapshot(repository, revision)
-    token, expires = request.app.state.signer.token("xet")
+    token, expires = request.app.state.signer.token("xet", sender := registry.received.sender())
+    token = f"{token}.{urlsafe_b64encode(sender.encode()).decode()}"
     url = f"{request.base_url}xet"
     response.headers["X-Xet-Cas-Url"] = url
     response.headers["X-Xet-Access-Token"] = token
@@ -38,38 +43,59 @@ def write_token(
     return {"accessToken": token, "exp": expires, "casUrl": url}
 
 
-async def _signed(request: Request) -> None:
-    """The request has a token of ours."""
-    request.app.state.signer.check_token(request.headers.get("authorization", "").removeprefix("Bearer "), "xet")
+async def _sender(request: Request) -> str:
+    """Who was given the token of the request, which must be one of ours; see Received.sender."""
+    token, _, encoded = request.headers.get("authorization", "").removeprefix("Bearer ").rpartition(".")
+    try:
+        sender = urlsafe_b64decode(encoded).decode()
+    except ValueError:
+        sender = ""
+    request.app.state.signer.check_token(token, "xet", sender)
+    return sender
 
 
-async def _xorbs(registry: Registered) -> Any:
+Sender = Annotated[str, Depends(_sender)]
+
+
+def _xorbs(request: Request) -> XorbStore:
     from registry.store.xorbs import XorbStore
 
-    return XorbStore(registry.layout)
+    return XorbStore(request.app.state.registry.layout)
 
 
-Xorbs = Annotated[Any, Depends(_xorbs)]
-
-
-@router.post("/xet/v1/xorbs/{prefix}/{name}", dependencies=[Depends(_signed)])
-async def put_xorb(request: Request, prefix: str, name: str, xorbs: Xorbs) -> dict[str, bool]:
+@router.post("/xet/v1/xorbs/{prefix}/{name}")
+async def put_xorb(request: Request, prefix: str, name: str, sender: Sender) -> dict[str, bool]:
     """Chunks, kept when they have the hash that they are sent under."""
     from registry.store.xorbs import MAX_XORB
 
-    async with contextmanager_in_threadpool(xorbs.receive(name)) as file:
+    async with contextmanager_in_threadpool(_xorbs(request).receive(name)) as file:
         await feed_body(request, file.write, MAX_XORB)
+    await run_in_threadpool(request.app.state.registry.received.note, sender, name)
     return {"was_inserted": True}
 
 
-@router.post("/xet/v1/shards", dependencies=[Depends(_signed)])
-async def put_shard(request: Request, registry: Registered, xorbs: Xorbs) -> dict[str, int]:
-    """Files as ranges of xorbs: each becomes a blob, checked by its sha256."""
-    from registry.store.shards import MAX_SHARD, assemble, read_shard
+@router.post("/xet/v1/shards")
+async def put_shard(request: Request, sender: Sender) -> dict[str, int]:
+    """Files as ranges of xorbs that their sender sent: each becomes a blob, checked by its sha256."""
+    from registry.store.shards import MAX_SHARD
 
     shard = bytearray()
     await feed_body(request, shard.extend, MAX_SHARD)
-    limit: int = request.app.state.max_upload_bytes
-    for file in await run_in_threadpool(read_shard, bytes(shard)):
-        await run_in_threadpool(assemble, file, xorbs, registry.store, limit)
+    await run_in_threadpool(_take, request, bytes(shard), sender)
     return {"result": 1}
+
+
+def _take(request: Request, shard: bytes, sender: str) -> None:
+    from registry.store.shards import assemble, read_shard, release
+    from registry.store.xorbs import missing_xorb
+
+    registry, limit, xorbs = request.app.state.registry, request.app.state.max_upload_bytes, _xorbs(request)
+    files = read_shard(shard)
+    for file in files:
+        for name in sorted({segment.xorb for segment in file.segments}):
+            if not registry.received.sent(sender, name):
+                raise missing_xorb(name)
+        if not (registry.received.sent(sender, file.sha256) and registry.store.keep_whole(file.sha256)):
+            assemble(file, xorbs, registry.store, limit)
+        registry.received.note(sender, file.sha256)
+    release(files, xorbs)

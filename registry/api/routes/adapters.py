@@ -16,6 +16,7 @@ from registry.api.deps import (
     Limit,
     Registered,
     VersionQuery,
+    count_download,
     file_response,
     require,
     version_ref,
@@ -29,7 +30,6 @@ router = APIRouter(tags=["adapters"])
 
 PUBLISH = [Depends(require(Scope.PUBLISH))]
 ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
-WEIGHTS = (".safetensors", ".npz")
 ADAPTER = "/adapters/{namespace}/{name}"
 UPLOAD = form_body(
     ("name",),
@@ -38,6 +38,7 @@ UPLOAD = form_body(
     base="a registered base, or the fingerprint (wf1:…) of one that need not be registered",
     license="an SPDX expression",
     private="true: a new adapter is seen by members of its namespace only",
+    allow_nonfinite="true: NaN and infinities in the weights are a warning and no error",
     tags="[]words to search for",
     description="one paragraph",
 )
@@ -55,7 +56,7 @@ async def publish(request: Request, response: Response, registry: Registered) ->
 
 def _publish(upload: Upload, registry: Registered) -> PublishResult:
     with upload:
-        upload.only("name", "version", "base", "license", "tags", "description", "private")
+        upload.only("name", "version", "base", "license", "tags", "description", "private", "allow_nonfinite")
         base = upload.text("base")
         return registry.publish(
             upload.folder,
@@ -65,14 +66,15 @@ def _publish(upload: Upload, registry: Registered) -> PublishResult:
             license=upload.text("license"),
             tags=tuple(tag for tag in upload.fields.get("tags", ()) if tag),
             description=upload.text("description"),
-            private=_flag(upload.text("private")),
+            private=_flag(upload.text("private"), "private"),
+            allow_nonfinite=bool(_flag(upload.text("allow_nonfinite"), "allow_nonfinite")),
             read_paths=False,
         )
 
 
-def _flag(text: str | None) -> bool | None:
+def _flag(text: str | None, name: str) -> bool | None:
     if text not in (None, "true", "false"):
-        raise UsageError(f"private is {text!r}", expected="true or false", found=text)
+        raise UsageError(f"{name} is {text!r}", expected="true or false", found=text)
     return None if text is None else text == "true"
 
 
@@ -232,6 +234,5 @@ def download(
             found=filename,
         )
     path = registry.version_files(f"{info.name}@{info.digest}")[filename]
-    if filename.endswith(WEIGHTS) and "range" not in request.headers:
-        registry.count_download(info)
+    count_download(request, registry, info, filename)
     return file_response(request, path, filename, entry.sha256)

@@ -70,6 +70,7 @@ def _queue(upload: Upload, jobs: Jobs) -> JobInfo:
     with upload:
         fields = _fields(upload)
         open_checkpoint(upload.folder)  # what is no checkpoint is refused at once
+        upload.settle()
         job = jobs.submit_base(upload.folder, **fields)
         upload.keep()
         return job
@@ -78,6 +79,7 @@ def _queue(upload: Upload, jobs: Jobs) -> JobInfo:
 def _register(upload: Upload, registry: Registered) -> BaseInfo:
     with upload:
         fields = _fields(upload)
+        upload.settle()
         base: BaseInfo = registry.add_base(upload.folder, **fields)
         if base.created or Path(base.location) == upload.folder.resolve():
             upload.keep()  # a base is registered by reference: its files stay where they are

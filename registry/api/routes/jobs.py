@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from composer.errors import NotFoundError
-from composer.files import sha256_file
+from composer.provenance import record_file
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
@@ -24,7 +25,20 @@ COMPOSE = [Depends(require(Scope.COMPOSE))]
 LOOK_S = 0.25
 KEEP_ALIVE_S = 15.0
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "events `job`, then `end`"}
+    200: {
+        "description": "events `job`, then `end`",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "event": {"enum": ["job", "end"]},
+                        "data": {"type": "string", "contentMediaType": "application/json"},
+                    },
+                }
+            }
+        },
+    }
 }
 
 
@@ -107,11 +121,12 @@ def download(request: Request, job_id: str, filename: str, jobs: Jobs) -> Respon
 
 def _recorded(job: JobInfo) -> dict[str, Any]:
     if isinstance(job.result, CompositionInfo):
-        return job.result.record.get("outputs", {})
+        record = job.result.record
+        own = {"sha256": hashlib.sha256(record_file(record)).hexdigest()}
+        return {**record.get("outputs", {}), "composition.json": own}
     files = job.result.files if isinstance(job.result, ConversionInfo | DeltaInfo) else ()
     return {file.name: {"sha256": file.sha256} for file in files}
 
 
 def _describe(name: str, path: Path, recorded: dict[str, Any]) -> FileInfo:
-    sha256 = recorded[name]["sha256"] if name in recorded else sha256_file(path)
-    return FileInfo(name=name, size=path.stat().st_size, sha256=sha256)
+    return FileInfo(name=name, size=path.stat().st_size, sha256=recorded[name]["sha256"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -21,17 +22,19 @@ from composer.errors import (
     OnnxVerificationError,
     UnsupportedArchitectureError,
 )
-from composer.exporters.onnx import ARCHITECTURES, export_onnx, generate, open_session, supported
+from composer.exporters.onnx import ARCHITECTURES, export_onnx, generate, graph_cache, open_session, supported
 from composer.exporters.onnx import bind as bind_module
 from composer.exporters.onnx import trace as trace_module
 from composer.exporters.onnx import verify as verify_module
 from composer.exporters.onnx.graph_cache import digest_of
 from composer.exporters.onnx.session import forward
-from composer.tensors import read_header
+from composer.exporters.onnx.skeleton import quiet
+from composer.tensors import encode_header, read_header
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 160
@@ -78,8 +81,32 @@ MODELS: dict[str, Callable[[], Any]] = {
 # The other rows of the table, without GPT-2, whose options have other names. Only slow tests trace them.
 DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2}
 DEEP, ROBERTA = {**GQA, "num_hidden_layers": 2}, {**SIZES, "pad_token_id": 1}
+MOE = {**GQA, "moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8}
+DEBERTA = {
+    **SIZES,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 4,
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "type_vocab_size": 0,
+}
+MODERN = {**SIZES, "num_hidden_layers": 2, "global_attn_every_n_layers": 2, "local_attention": 8}
+MODERN |= {f"{kind}_token_id": number for number, kind in enumerate(("bos", "eos", "cls", "sep"), start=1)}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "BloomForCausalLM": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pad_token_id": 0},
     "CohereForCausalLM": DEEP,
+    "GPTNeoXForCausalLM": {**SIZES, "bos_token_id": 1, "eos_token_id": 2},
+    "Gemma2ForCausalLM": {
+        **DEEP,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
     "Gemma3ForCausalLM": {
         **DEEP,
         "head_dim": 8,
@@ -89,15 +116,39 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {**DEEP, "head_dim": 8},
     "GraniteForCausalLM": DEEP,
     "MistralForCausalLM": {**DEEP, "sliding_window": 8},
+    "MixtralForCausalLM": {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "OPTForCausalLM": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 24, "bos_token_id": 1, "eos_token_id": 2},
     "Olmo2ForCausalLM": DEEP,
     "Phi3ForCausalLM": {**DEEP, "sliding_window": 8},
     "PhiForCausalLM": DEEP,
+    "Qwen2MoeForCausalLM": {
+        **MOE,
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 24,
+    },
     "Qwen3ForCausalLM": {**DEEP, "head_dim": 16},
+    "Qwen3MoeForCausalLM": {**MOE, "norm_topk_prob": True},
     "SmolLM3ForCausalLM": {**DEEP, "no_rope_layer_interval": 2},
     "StableLmForCausalLM": DEEP,
     "Starcoder2ForCausalLM": {**DEEP, "sliding_window": 8},
     "BertModel": SIZES,
     "BertForTokenClassification": SIZES,
+    "DebertaV2Model": DEBERTA,
+    "DebertaV2ForSequenceClassification": DEBERTA,
+    # The other branches: positions that are not in buckets, projections of their own, segments, a convolution.
+    "DebertaV2ForTokenClassification": {
+        **DEBERTA,
+        "position_buckets": -1,
+        "share_att_key": False,
+        "position_biased_input": True,
+        "type_vocab_size": 2,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+    },
+    "ModernBertModel": MODERN,
+    "ModernBertForSequenceClassification": {**MODERN, "classifier_pooling": "mean"},
+    "ModernBertForTokenClassification": MODERN,
     **{f"DistilBert{task}": DISTIL for task in ("Model", "ForSequenceClassification", "ForTokenClassification")},
     **{
         f"{stem}{task}": ROBERTA
@@ -146,9 +197,95 @@ def logits(folder: Path) -> np.ndarray:
     return forward(session, ids, np.ones_like(ids))[0]
 
 
+def initializers(folder: Path) -> dict[str, dict[str, str]]:
+    """Where the exported model's weights lie, by name."""
+    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
+    return {
+        item.name: {entry.key: entry.value for entry in item.external_data}
+        for item in model.graph.initializer
+        if item.data_location == onnx.TensorProto.EXTERNAL
+    }
+
+
+def places(folder: Path) -> dict[str, dict[str, str]]:
+    """Where the tensors of the safetensors file lie, by name, in ONNX's words."""
+    return {
+        name: {"location": "model.safetensors", "offset": str(spec.offset), "length": str(spec.nbytes)}
+        for name, spec in read_header(folder / "model.safetensors").tensors.items()
+    }
+
+
 def edit(path: Path, **entries: Any) -> None:
     """Change entries of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.mark.slow
+def test_bound_graph_gives_bit_identical_logits_to_a_full_export(
+    make: Callable[..., Path], cache: Path, tmp_path: Path
+) -> None:
+    """Traced from config.json alone and bound: the same bits, cache included, as torch's exporter with the weights."""
+    folder, empty = make("llama"), tmp_path / "empty"  # the first test, so that the others use its graph
+    empty.mkdir()
+    shutil.copy(folder / "config.json", empty)
+    row = ARCHITECTURES["LlamaForCausalLM"]
+    graph = trace_module.trace(empty, row)
+    graph_cache.store(cache, digest_of(json.loads((folder / "config.json").read_text()), row), graph)
+    assert export_onnx(folder, cache_dir=cache).graph_cached
+    full_export(folder, tmp_path / "full.onnx")
+    ids = np.array([[0, 0, 11, 12, 13], [21, 22, 23, 24, 25]])
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    bound, full = (open_session(path) for path in (folder / "model.onnx", tmp_path / "full.onnx"))
+    prefilled = [forward(session, ids, mask) for session in (bound, full)]
+    longer = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+    decoded = [forward(s, ids[:, :1], longer, past) for s, (_, past) in zip((bound, full), prefilled, strict=True)]
+    for (mine, my_cache), (wanted, its_cache) in (prefilled, decoded):
+        assert np.array_equal(mine, wanted)
+        assert all(np.array_equal(my_cache[name], its_cache[name]) for name in its_cache)
+
+
+def full_export(folder: Path, path: Path) -> None:
+    """torch.onnx.export as it comes, of the loaded model with its weights in the file."""
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.LlamaForCausalLM.from_pretrained(folder)
+
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any) -> Any:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            out = self.model(**inputs, past_key_values=transformers.DynamicCache(past_key_values), use_cache=True)
+            return (out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)))
+
+    parts = ["0.key", "0.value"]
+    tokens, past = {0: "batch", 1: "length"}, {0: "batch", 2: "past"}
+    cache = [(torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8))]
+    with quiet(), torch.no_grad():
+        torch.onnx.export(
+            Step().eval(),
+            kwargs={
+                "input_ids": torch.ones(2, 3, dtype=torch.int64),
+                "attention_mask": torch.ones(2, 7, dtype=torch.int64),
+                "position_ids": torch.arange(4, 7).repeat(2, 1),
+                "past_key_values": cache,
+            },
+            dynamic_shapes={
+                "input_ids": tokens,
+                "attention_mask": {0: "batch", 1: "total"},
+                "position_ids": tokens,
+                "past_key_values": [(past, past)],
+            },
+            input_names=[
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{part}" for part in parts),
+            ],
+            output_names=["logits", *(f"present.{part}" for part in parts)],
+            dynamo=True,
+            opset_version=23,
+            verbose=False,
+        ).save(path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -177,17 +314,7 @@ def test_initializers_are_the_checkpoint_tensors_in_place(
     """Every weight is an initializer under its own name at its own offset in the safetensors file, and no copy is."""
     folder = make("llama-tied", dtype)
     export_onnx(folder, cache_dir=cache)
-    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
-    found = {
-        item.name: {entry.key: entry.value for entry in item.external_data}
-        for item in model.graph.initializer
-        if item.data_location == onnx.TensorProto.EXTERNAL
-    }
-    header = read_header(folder / "model.safetensors")
-    assert found == {
-        name: {"location": "model.safetensors", "offset": str(spec.offset), "length": str(spec.nbytes)}
-        for name, spec in header.tensors.items()
-    }
+    assert initializers(folder) == places(folder)
     onnx.checker.check_model(str(folder / "model.onnx"))
 
 
@@ -216,13 +343,23 @@ def test_sharded_weights_give_bit_identical_logits(make: Callable[..., Path], ca
     assert np.array_equal(logits(whole), logits(shards))
 
 
-def test_cached_graph_gives_bit_identical_logits_to_a_fresh_trace(make: Callable[..., Path], cache: Path) -> None:
-    """Binding a cached graph is the same as exporting the model anew."""
-    fresh, cached = make("gpt2", folder="fresh"), make("gpt2", folder="cached")
-    export_onnx(cached, cache_dir=cache)
-    assert export_onnx(cached, cache_dir=cache).graph_cached
-    assert not export_onnx(fresh).graph_cached
-    assert np.array_equal(logits(fresh), logits(cached))
+def test_binding_reads_no_weights(make: Callable[..., Path], cache: Path, tmp_path: Path) -> None:
+    """Weights of a tebibyte, all of them a hole in the file, are bound as any others: only the header is read."""
+    graph = graph_cache.load(cache, export_onnx(make("llama"), cache_dir=cache).graph_digest)
+    shapes = {item.name: tuple(item.dims) for item in graph.graph.initializer if item.external_data}
+    shapes["lm_head.weight"] = (1 << 19, 1 << 19)
+    next(item for item in graph.graph.initializer if item.name == "lm_head.weight").dims[:] = shapes["lm_head.weight"]
+    header = encode_header([(name, "F32", shape) for name, shape in shapes.items()], {})
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 4 * sum(math.prod(shape) for shape in shapes.values()))
+    bound = bind_module.bind(graph, tmp_path)
+    lengths = {
+        item.name: next(int(entry.value) for entry in item.external_data if entry.key == "length")
+        for item in bound.model.graph.initializer
+        if item.external_data
+    }
+    assert lengths == {name: 4 * math.prod(shape) for name, shape in shapes.items()}
 
 
 def test_generate_equals_greedy_decoding_by_transformers(make: Callable[..., Path], cache: Path) -> None:
@@ -278,6 +415,43 @@ def test_not_a_number_fails_verification(
         export_onnx(make("llama"), cache_dir=cache)
 
 
+def test_graph_that_does_not_run_fails_verification(
+    make: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ONNX Runtime throws while it runs the graph is a verification error, and an older file is gone as well."""
+    folder = make("llama")
+    export_onnx(folder, cache_dir=cache)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("cos_cache has another shape")
+
+    monkeypatch.setattr(verify_module, "forward", fails)
+    with pytest.raises(OnnxVerificationError, match="cos_cache has another shape"):
+        export_onnx(folder, cache_dir=cache)
+    assert not list(folder.glob("*.onnx"))
+    assert not list(folder.glob(".*"))
+
+
+def test_verification_draws_its_prompts_from_the_tokenizer(
+    make: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tokenizer, rows are texts through it and ids that it has; the model's other rows are nobody's tokens."""
+    folder, seen = make("llama"), []
+    words = {word: number for number, word in enumerate(["<unk>", *" ".join(verify_module.PROMPTS).split()], start=20)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    pad = verify_module._pad
+    monkeypatch.setattr(
+        verify_module, "_pad", lambda rows, *rest, **options: seen.append(rows) or pad(rows, *rest, **options)
+    )
+    result = export_onnx(folder, cache_dir=cache)
+    texts = [[words[word] for word in prompt.split()] for prompt in verify_module.PROMPTS]
+    assert seen[:2] == [texts[:1], texts]
+    assert {token for row in seen[2] for token in row} <= set(words.values())
+    assert [check["padding"] for check in result.checks] == ["none", "left", "left", "left"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -288,6 +462,7 @@ def test_not_a_number_fails_verification(
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_scaling": {"type": "longrope"}},
         {"add_cross_attention": True},
+        {"architectures": ["MixtralForCausalLM"], "hidden_act": "gelu"},
     ],
 )
 def test_unsupported_model_is_refused_before_anything_is_written(
@@ -395,8 +570,7 @@ def test_checkpoint_without_the_base_prefix_binds(make: Callable[..., Path], cac
         },
     )
     export_onnx(folder, cache_dir=cache)
-    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
-    assert "h.0.attn.c_attn.weight" in {item.name for item in model.graph.initializer}
+    assert "h.0.attn.c_attn.weight" in initializers(folder)
 
 
 def test_weights_linked_out_of_the_folder_are_refused(make: Callable[..., Path], cache: Path) -> None:
@@ -453,8 +627,15 @@ def test_importing_the_exporter_is_cheap() -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_architecture_of_the_table_computes_what_torch_computes(make: Callable[..., Path], name: str) -> None:
     """Each row was exported, with sliding windows and layers without rotary embedding where it has them."""
-    result = export_onnx(make(name, torch.bfloat16))
+    folder = make(name, torch.bfloat16)
+    result = export_onnx(folder)
     assert result.max_abs_diff <= result.tolerance
+    assert {"left" if result.task == "text-generation" else "right", "none"} == {
+        check["padding"] for check in result.checks
+    }
+    bound, stored = initializers(folder), places(folder)
+    assert bound.items() <= stored.items()
+    assert all("pooler." in name for name in stored.keys() - bound.keys())
 
 
 def test_the_table_has_no_untested_row() -> None:

@@ -166,7 +166,7 @@ def test_an_alpha_equal_to_the_rank_changes_nothing(tmp_path: Path) -> None:
         ({"lora_parameters": {"rank": 3}}, CorruptFileError, "rank and scale"),
         ({"lora_parameters": {"rank": 0, "scale": 1}}, CorruptFileError, "rank and scale"),
         ({"lora_parameters": {**FIELDS, "alpha": 16}}, UnsupportedAdapterError, "2.5 or as 13.3333"),
-        ({"model": ["org/base"]}, CorruptFileError, "name of the base"),
+        ({"model": ["org/base"]}, CorruptFileError, "base_model_name_or_path"),
     ],
 )
 def test_configs_that_do_not_say_one_thing_are_refused(

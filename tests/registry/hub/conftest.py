@@ -61,10 +61,10 @@ class Hub:
         return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
-def serve(home: Path, scratch: Path) -> Iterator[Hub]:
+def serve(home: Path, scratch: Path, *options: str) -> Iterator[Hub]:
     """Start `registry serve` over `home`; stopped at the end."""
     scratch.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "cli", "serve", "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTRY_HOME": str(home)}
     with (
         (scratch / "service.log").open("w") as log,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,69 @@ def test_only_publishers_of_a_namespace_write_in_it(service: TestClient, registr
     assert service.post("/api/repos/create", json={"name": "mine"}, headers=bob).json()["name"] == "bob/mine"
     assert commit(service, "bob/mine", bob).status_code == 200
     assert "POST /api/models/team/open/commit/main" in {entry.target for entry in registry.audit().items}
+
+
+def push_lora(service: TestClient, name: str, headers: dict[str, str], folder: Path) -> Any:
+    """Push an adapter's files to main."""
+    lines = [
+        {
+            "key": "file",
+            "value": {"path": path.name, "content": base64.b64encode(path.read_bytes()).decode(), "encoding": "base64"},
+        }
+        for path in sorted(folder.iterdir())
+    ]
+    body = "\n".join(map(json.dumps, lines))
+    return service.post(f"/api/models/{name}/commit/main", content=body, headers=headers)
+
+
+def test_a_repository_that_is_created_private_stays_so_with_all_that_is_pushed(
+    service: TestClient, registry: Any, tmp_path: Path
+) -> None:
+    """Its name, its draft, the version that a push makes; its owner shows and hides it; a whole model is refused."""
+    alice, bob = bearer(registry, "alice"), bearer(registry, "bob")
+    body = {"organization": "team", "name": "quiet", "visibility": "private"}
+    assert service.post("/api/repos/create", json=body, headers=alice).status_code == 200
+    assert commit(service, "team/quiet", alice).status_code == 200
+    url = "/api/models/team/quiet"
+    assert service.get(url, headers=alice).json()["private"] is True
+
+    def stranger() -> tuple[int, str | None, bool]:
+        found = service.get(url, headers=bob)
+        names = [item["id"] for item in service.get("/api/models", headers=bob).json()]
+        return found.status_code, found.headers.get("x-error-code"), "team/quiet" in names
+
+    assert stranger() == (404, "RepoNotFound", False)
+    lora = write_lora(tmp_path / "quiet", {MODULE: (6, 4)}, seed=9)
+    pushed = push_lora(service, "team/quiet", alice, lora)
+    assert pushed.status_code == 200, pushed.text
+    assert registry.get_version("team/quiet").private is True
+    assert stranger() == (404, "RepoNotFound", False)
+    assert service.put(f"{url}/settings", json={"private": False}, headers=bob).status_code == 404
+    assert service.put(f"{url}/settings", json={"visibility": "public"}, headers=alice).json()["private"] is False
+    assert stranger() == (200, None, True)
+    assert service.put(f"{url}/settings", json={"private": False}, headers=bob).status_code == 403
+    assert service.put(f"{url}/settings", json={"private": True}, headers=alice).json()["private"] is True
+    assert stranger() == (404, "RepoNotFound", False)
+    assert service.put(f"{url}/settings", json={"gated": "auto"}, headers=alice).status_code == 403
+    body = {"organization": "team", "name": "whole", "private": True}
+    service.post("/api/repos/create", json=body, headers=alice)
+    refused = push_lora(service, "team/whole", alice, tmp_path / "base")
+    assert refused.status_code == 403
+    assert "only adapters can be private" in refused.headers["x-error-message"]
+
+
+def test_downloads_through_the_hub_are_counted(service: TestClient, registry: Any) -> None:
+    """A GET of the weights is one; a HEAD, a range and the config are none."""
+    alice, url = bearer(registry, "alice"), "/team/open/resolve/main/adapter_model.safetensors"
+    for _ in range(2):
+        service.get(url, headers=alice)
+    service.head(url, headers=alice)
+    service.get(url, headers={**alice, "Range": "bytes=0-7"})
+    service.get("/team/open/resolve/main/adapter_config.json", headers=alice)
+    registry.downloads.write()
+    assert registry.get_version("team/open").downloads == 2
+    assert service.get("/api/models/team/open", headers=alice).json()["downloads"] == 2
+    assert service.get("/api/models?sort=downloads", headers=alice).json()[0]["id"] == "team/open"
 
 
 def test_yanked_and_quarantined_versions_are_not_served(service: TestClient, registry: Any) -> None:

@@ -94,7 +94,7 @@ def test_an_import_goes_on_where_it_ended(source: Hub, tmp_path: Path, tiny_llam
     fetched = [
         line for line in (source.scratch / "service.log").read_text().splitlines() if "model.safetensors" in line
     ]
-    assert [line[-3:] for line in fetched[-2:]] == ["206", "206"]
+    assert all("' 206, " in line for line in fetched[-2:])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from registry.access import Scope
 from registry.api.app import create_app
 from registry.services.jobs import JobService
 from registry.services.local import open_registry
@@ -161,3 +162,92 @@ def test_xorbs_and_shards_are_checked_before_they_are_kept(api: TestClient, regi
     assert len(stored(registry)) == 1
     assert api.post("/xet/v1/shards", content=good, headers=headers).json() == {"result": 1}
     assert registry.store.path(hashlib.sha256(b"hello world").hexdigest()).read_bytes() == b"hello world"
+
+
+def test_the_bytes_of_a_xorb_are_kept_once(api: TestClient, registry: Any) -> None:
+    """Once its chunks lie in a blob the xorb goes, and still makes other files; without that blob it is not here."""
+    token = api.get("/api/models/lab/model/xet-write-token/main").json()["accessToken"]
+    headers = {"Authorization": f"Bearer {token}"}
+    chunks = (b"hello ", b"world", b"!" * 9)
+    body = xorb(*chunks)
+    name = xorb_hash(io.BytesIO(body))
+    place = registry.layout.xorb(name)
+
+    def send(start: int, stop: int) -> Any:
+        data = b"".join(chunks[start:stop])
+        return api.post("/xet/v1/shards", content=shard(data, name, len(data), start, stop), headers=headers)
+
+    api.post(f"/xet/v1/xorbs/default/{name}", content=body, headers=headers)
+    assert send(0, 2).status_code == 200
+    assert place.is_file()  # its last chunk lies nowhere else
+    assert send(0, 3).status_code == 200
+    assert not place.is_file()
+    assert send(1, 3).status_code == 200
+    last = registry.store.path(hashlib.sha256(b"".join(chunks[1:])).hexdigest())
+    assert last.read_bytes() == b"".join(chunks[1:])
+    api.post(f"/xet/v1/xorbs/default/{name}", content=body, headers=headers)
+    assert not place.is_file()
+    registry.collect(grace_days=0)
+    assert stored(registry) == []
+    assert "HF_XET_CACHE" in refused(send(0, 1), 404)
+
+
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+def test_behind_tokens_large_files_are_pushed_too(registry: Any, tmp_path: Path, xet: bool) -> None:
+    """The bytes carry no token of ours, only what was signed for its holder."""
+    folder = write_base(tmp_path / "model", {"weight": np.ones((3 * MIB,), np.float32)})
+    token = registry.create_token("t", subject="lab", scopes=(Scope.PUBLISH,)).token
+    registry.close()
+    for served in serve(registry.home, tmp_path / "clients", "--require-tokens"):
+        words = {"HF_TOKEN": token, **({} if xet else {"HF_HUB_DISABLE_XET": "1"})}
+        found = served.client("push_large", "lab/large", folder, **words)
+        assert (found["same"], found["large"]) == (True, ["model.safetensors"])
+
+
+def test_a_digest_alone_opens_no_file(registry: Any, tmp_path: Path) -> None:
+    """Who knows the sha256 of a private file, or the hash of another's xorb, can neither name it nor learn that it is here."""
+    app = create_app(registry, JobService(registry), authenticators=(registry.authenticator(),))
+    service = TestClient(app, raise_server_exceptions=False)
+    alice, bob = (
+        {"Authorization": f"Bearer {registry.create_token('t', subject=name, scopes=(Scope.PUBLISH,)).token}"}
+        for name in ("alice", "bob")
+    )
+    data = b"a secret"
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = xorb_hash(io.BytesIO(xorb(data)))
+
+    def write(who: dict[str, str], repository: str) -> int:
+        line = json.dumps({"key": "lfsFile", "value": {"path": "notes.md", "oid": sha256}})
+        return service.post(f"/api/models/{repository}/commit/main", content=line, headers=who).status_code
+
+    def actions(who: dict[str, str], repository: str) -> Any:
+        body = {"operation": "upload", "objects": [{"oid": sha256, "size": len(data)}]}
+        url = f"/{repository}.git/info/lfs/objects/batch"
+        return service.post(url, json=body, headers=who).json()["objects"][0].get("actions")
+
+    def xet(who: dict[str, str], repository: str, data: bytes = data) -> int:
+        answer = service.get(f"/api/models/{repository}/xet-write-token/main", headers=who).json()
+        headers = {"Authorization": f"Bearer {answer['accessToken']}"}
+        return service.post("/xet/v1/shards", content=shard(data, name, len(data), 0, 1), headers=headers).status_code
+
+    for who, repository in ((alice, "alice/x"), (bob, "bob/x")):
+        namespace, short = repository.split("/")
+        body = {"organization": namespace, "name": short, "private": True}
+        assert service.post("/api/repos/create", json=body, headers=who).status_code == 200
+    answer = service.get("/api/models/alice/x/xet-write-token/main", headers=alice).json()
+    headers = {"Authorization": f"Bearer {answer['accessToken']}"}
+    service.post(f"/xet/v1/xorbs/default/{name}", content=xorb(data), headers=headers)
+    assert xet(alice, "alice/x") == 200
+    assert (actions(alice, "alice/x"), write(alice, "alice/x")) == (None, 200)
+    assert xet(bob, "bob/x") == 404
+    offered = actions(bob, "bob/x")
+    assert write(bob, "bob/x") == 422
+    assert service.put(offered["upload"]["href"], content=b"no secret").status_code in (413, 422)
+    assert write(bob, "bob/x") == 422
+    assert service.put(offered["upload"]["href"], content=data).status_code == 200
+    assert (actions(bob, "bob/x"), write(bob, "bob/x")) == (None, 200)
+    carol = {"Authorization": f"Bearer {registry.create_token('t', subject='carol', scopes=(Scope.PUBLISH,)).token}"}
+    service.post("/api/repos/create", json={"name": "x"}, headers=carol)
+    assert write(carol, "carol/x") == 422
+    service.put("/api/models/alice/x/settings", json={"private": False}, headers=alice)
+    assert write(carol, "carol/x") == 200

@@ -25,6 +25,8 @@ def shelf(
     registry.publish(other_lora, name="team/whisper", base="tiny")
     registry.publish(other_lora, name="lab/json", base="tiny", tags=("loud",))
     registry.publish(other_lora, name="lab/json", tags=("quiet",), read_paths=False)  # the latest has no hash
+    for out in ("one", "two"):
+        registry.pull("team/whisper", folder / out)
     registry.close()
     yield from serve(folder / "home", folder / "clients")
 
@@ -42,20 +44,33 @@ def test_filters_are_tags_and_the_tags_tell_the_base(shelf: Hub) -> None:
     assert found["search"] == found["both"] == found["tag"] == ["team/shout"]
     assert (found["peft"], found["bases"]) == (adapters, ["tiny"])
     assert found["other"] == found["none"] == []
-    assert "no order by 'createdAt'" in found["sort"]
+    assert found["created"] == ["lab/json", "team/whisper", "team/shout", "tiny"]
+    assert found["changed"] == ["lab/json", "team/whisper", "team/shout"]
+    assert found["downloads"] == ["team/whisper", "lab/json", "team/shout", "tiny"]
+    assert found["counts"] == {"team/whisper": 2, "lab/json": 0, "team/shout": 0, "tiny": 0}
     assert "no filter by 'pipeline_tag'" in found["task"]
     assert {"loud", "kind:lora", "base_model:adapter:tiny"} <= set(found["tags"]["team/shout"])
 
 
 def test_pages_lead_on_until_the_end(shelf: Hub) -> None:
     """One item a page gives what one page of all gives; each page names the next by a link."""
-    url, names = f"{shelf.url}/api/models?limit=1", []
-    while url:
-        page = httpx.get(url)
-        names += [item["id"] for item in page.json()]
-        url = page.links.get("next", {}).get("url", "")
-    assert names == ["lab/json", "team/shout", "team/whisper", "tiny"]
-    assert httpx.get(f"{shelf.url}/api/models?cursor=x:y").status_code == 400
+    for order in ("", "&sort=createdAt", "&sort=lastModified", "&sort=downloads&direction=-1"):
+        whole = httpx.get(f"{shelf.url}/api/models?limit=100{order}")
+        url, pages = f"{shelf.url}/api/models?limit=1{order}", []
+        while url:
+            page = httpx.get(url)
+            pages += page.json()
+            url = page.links.get("next", {}).get("url", "")
+        assert pages == whole.json()
+        assert len(pages) >= 4
+    for query in (
+        "cursor=x:y",
+        "cursor=date:1",
+        "sort=createdAt&cursor=adapter:team/shout",
+        "sort=size",
+        "direction=1",
+    ):
+        assert httpx.get(f"{shelf.url}/api/models?{query}").status_code == 400
 
 
 def test_hf_lists_downloads_and_uploads(shelf: Hub, tmp_path: Path, other_lora: Path) -> None:

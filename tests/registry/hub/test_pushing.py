@@ -52,7 +52,7 @@ def test_what_is_refused_is_refused_with_its_reason(pushed: dict[str, Any]) -> N
     """The status, and words that the client shows; the branch stays where it was."""
     for key, status, words in (
         ("exists", 409, "exists already"),
-        ("private", 403, "private"),
+        ("gated", 403, "gated"),
         ("missing", 404, "nope.txt"),
         ("stale", 412, "a commit has happened since"),
         ("pickle", 403, "pickle"),
@@ -65,6 +65,7 @@ def test_what_is_refused_is_refused_with_its_reason(pushed: dict[str, Any]) -> N
     ):
         assert pushed[key][0] == status, (key, pushed[key])
         assert words in pushed[key][1], (key, pushed[key])
+    assert pushed["hidden"] == [True, False]
     assert pushed["after"] == pushed["deleted"]
 
 

@@ -38,7 +38,10 @@ print(
             "peft": names(filter="peft"),
             "bases": names(filter=f"hash:{sys.argv[1]}"),
             "none": names(filter="nothing has this"),
-            "sort": refused(sort="created_at"),
+            "created": names(sort="created_at"),
+            "changed": names(sort="last_modified", limit=3),
+            "downloads": names(sort="downloads"),
+            "counts": {item.id: item.downloads for item in api.list_models()},
             "task": refused(pipeline_tag="text-generation"),
             "tags": {item.id: item.tags for item in api.list_models(author="team")},
         }

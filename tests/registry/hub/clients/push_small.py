@@ -28,7 +28,11 @@ seen["url"] = api.create_repo(name).repo_id
 api.create_repo(name, exist_ok=True)
 seen["own"] = api.create_repo("mine").repo_id
 seen["exists"] = fails(lambda: api.create_repo(name))
-seen["private"] = fails(lambda: api.create_repo("lab/secret", private=True))
+secret = api.create_repo("lab/secret", private=True).repo_id
+seen["hidden"] = [api.model_info(secret).private]
+api.update_repo_settings(secret, private=False)
+seen["hidden"].append(api.model_info(secret).private)
+seen["gated"] = fails(lambda: api.update_repo_settings(secret, gated="auto"))
 seen["draft"] = api.upload_file(
     repo_id=name, path_or_fileobj=b"---\nlicense: mit\n---\n\nFirst.\n", path_in_repo="README.md"
 ).oid
