@@ -30,6 +30,7 @@ soak: install
 bench: install
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.rounding
+	$(BIN)/python -m tests.bench.multi
 
 lint: install
 	$(BIN)/ruff check .

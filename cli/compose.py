@@ -1,4 +1,4 @@
-"""Recipes: plan, compose, undo; and inspect, which looks at what came of them."""
+"""Recipes: plan, compose, append, undo; and inspect, which looks at what came of them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,19 @@ def recipe_options(command: F) -> F:
         "--untie", is_flag=True, help="Write both ends of a tied pair where an adapter changes one of them."
     )(command)
     command = click.option(
+        "--multi",
+        "placement",
+        flag_value="multi",
+        help="With --export onnx: one graph of the base with all adapters in it, chosen for each row of a batch.",
+    )(command)
+    command = click.option(
+        "--separate",
+        "placement",
+        flag_value="separate",
+        default="merged",
+        help="With --export onnx: one graph of the base, and a file for each adapter that a session activates.",
+    )(command)
+    command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
     )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
@@ -83,9 +96,15 @@ def recipe_options(command: F) -> F:
 
 def to_recipe(text: str, parameters: tuple[str, ...], **words: Any) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
-    from composer.recipe import Allow, BasePrecision, Dtype, Export, load_recipe, parse_recipe
+    from composer.recipe import Allow, BasePrecision, Dtype, Export, Placement, load_recipe, parse_recipe
 
-    enums = {"dtype": Dtype, "export": Export, "allow": Allow, "base_precision": BasePrecision}
+    enums = {
+        "dtype": Dtype,
+        "export": Export,
+        "allow": Allow,
+        "base_precision": BasePrecision,
+        "placement": Placement,
+    }
     words = {name: enums[name](word) if name in enums else word for name, word in words.items()}
     words["parameters"] = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
@@ -120,6 +139,7 @@ def default_out(recipe: Recipe) -> Path:
         name = f"{name[:MAX_OUT]}-{recipe.digest[:8]}"
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
+    export += "" if recipe.placement.value == "merged" else f"-{recipe.placement.value}"
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
     rank = "" if recipe.rank is None else f"-r{recipe.rank}"
     precision = "-original" if recipe.base_precision.value == "original" else ""
@@ -231,6 +251,41 @@ def undo(settings: Settings, folder: Path, adapters: tuple[str, ...], out: Path,
 
 
 @click.command()
+@click.argument("folder", metavar="COMPOSED", type=click.Path(path_type=Path))
+@click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
+@click.option(
+    "--allow",
+    type=click.Choice(ALLOW),
+    default="same-values",
+    show_default=True,
+    help="The weakest compatibility to accept.",
+)
+@click.option("--accept-licences", is_flag=True, help="Go on even where licences conflict.")
+@common_options
+@pass_settings
+def append(settings: Settings, folder: Path, adapters: tuple[str, ...], allow: str, accept_licences: bool) -> None:
+    """Add adapters to the graph in COMPOSED, which was composed with --export onnx --multi.
+
+    ADAPTER is written as in a recipe. What is there is not touched: vectors are added at the end of their files, and
+    the new adapters take the next numbers. The files are then those of composing all at once.
+    """
+    from cli.views import composition_block
+    from composer.recipe import Allow
+    from registry.appending import append as add
+
+    with settings.progress() as progress:
+        result = add(
+            settings.registry,
+            folder,
+            adapters,
+            allow=Allow(allow),
+            accept_licences=accept_licences,
+            progress=progress,
+        )
+    emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
+
+
+@click.command()
 @click.argument("ref", metavar="REF|PATH")
 @common_options
 @pass_settings
@@ -246,4 +301,4 @@ def inspect(settings: Settings, ref: str) -> None:
     emit(settings, facts, lambda: inspection(facts), lambda: name)
 
 
-COMMANDS = {"plan": plan, "compose": compose, "undo": undo, "inspect": inspect}
+COMMANDS = {"plan": plan, "compose": compose, "append": append, "undo": undo, "inspect": inspect}

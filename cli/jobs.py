@@ -65,7 +65,7 @@ _job_command("retry", "retry_job", "Queue a failed or cancelled job again.")
 @click.option("--drain", is_flag=True, help="Stop when no job waits.")
 @click.option(
     "--lease",
-    type=click.FloatRange(min=0.5),
+    type=click.FloatRange(0.5, 3600),
     metavar="SECONDS",
     default=30.0,
     show_default=True,

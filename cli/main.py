@@ -53,6 +53,7 @@ COMMANDS = {
     "check": "compatibility",
     "plan": "compose",
     "compose": "compose",
+    "append": "compose",
     "undo": "compose",
     "extract": "convert",
     "resize": "convert",

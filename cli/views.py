@@ -300,6 +300,7 @@ def plan_block(plan: PlanInfo) -> str:
             ("method", plan.recipe.method),
             ("dtype", plan.recipe.dtype.value),
             ("export", plan.recipe.export.value),
+            ("adapters", plan.recipe.placement.value if plan.recipe.placement.value != "merged" else None),
             ("tensors", f"{plan.touched} of {plan.total} change"),
             *(("added", item) for item in plan.additions),
             ("weights", size(plan.nbytes)),
@@ -321,7 +322,8 @@ def composition_block(result: CompositionInfo) -> str:
     """What compose made."""
     record = result.record
     base = record.get("base", {})
-    lost = record.get("export", {}).get("discarded_energy")
+    exported = record.get("export", {})
+    lost, apart = exported.get("discarded_energy"), [item["name"] for item in exported.get("adapters", ())]
     timing = ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())
     facts = block(
         [
@@ -329,6 +331,7 @@ def composition_block(result: CompositionInfo) -> str:
             ("recipe", result.recipe_text),
             ("base", f"{base.get('ref', '-')} ({base.get('fingerprint', '-')})"),
             ("export", result.export),
+            ("adapters", f"{exported['placement']}: {', '.join(apart)}" if apart else None),
             ("output", result.output_digest),
             ("size", size(result.nbytes)),
             ("perplexity", _perplexity(record.get("probe"))),

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.adapters import Adapter
 from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight, check_whole
@@ -41,6 +41,9 @@ from composer.resolve import resolve
 from composer.tensors import DTYPES, FLOAT_DTYPES, TensorSpec, encode_header
 from composer.vocabulary import Vocabulary, resized_vocabulary
 from composer.writer import ROOM_BYTES
+
+if TYPE_CHECKING:
+    from composer.apart import ApartAdapter
 
 __all__ = ["NewRows", "Plan", "ShardPlan", "TensorJob", "Term", "WeightedDelta", "encode_shard", "make_plan"]
 
@@ -205,6 +208,7 @@ class Plan:
     config_fields: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    apart: tuple[ApartAdapter, ...] = ()  # adapters beside the weights, which are then the base's own
 
     @property
     def config_changes(self) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def composition_record(
     warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
     known = inputs.get("adapters") or [{} for _ in plan.terms]
     replacing = {item.term for job in plan.jobs for item in job.deltas if item.delta.replaces}
-    measured = zip(plan.terms, survival.shares(), survival.norms(), known, strict=True)
+    norms = [entry["norm"] for entry in exported["adapters"]] if plan.apart else survival.norms()
+    measured = zip(plan.terms, survival.shares(), norms, known, strict=True)
     for index, (term, share, norm, entry) in enumerate(measured):
         adapters.append(
             {"ref": term.label, "weight": term.weight, **entry, "delta_norm": float(f"{norm:.6g}"), "survival": share}

@@ -40,6 +40,7 @@ __all__ = [
     "Dtype",
     "Export",
     "ModuleWeight",
+    "Placement",
     "Recipe",
     "Value",
     "is_path",
@@ -72,6 +73,14 @@ class Export(StrEnum):
     ONNX = "onnx"
     BUNDLE = "bundle"
     PEFT = "peft"
+
+
+class Placement(StrEnum):
+    """Where adapters go: into the weights, into files that a session activates, or into one graph, row by row."""
+
+    MERGED = "merged"
+    SEPARATE = "separate"
+    MULTI = "multi"
 
 
 class Allow(StrEnum):
@@ -149,6 +158,7 @@ class Recipe(_Model):
     parameters: dict[str, Value] = Field(default_factory=dict)
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    placement: Placement = Field(default=Placement.MERGED, description="of the adapters in an ONNX export")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")

@@ -26,7 +26,7 @@ from composer.deltas import LowRank
 from composer.errors import TypedError
 from composer.plan import Plan, Term, make_plan
 from composer.quantised import QuantisedTensor
-from composer.recipe import Recipe
+from composer.recipe import Placement, Recipe
 from composer.tensors import DTYPES, TensorSpec
 from registry.schemas import Advice
 
@@ -139,7 +139,7 @@ def _number(text: str) -> int:
 
 def _summed_at_full_weight(plan: Plan) -> list[Term]:
     """The adapters of a plain sum whose weight is 1 or more on a tensor that another such adapter changes too."""
-    if plan.recipe.method not in SUMS:
+    if plan.recipe.method not in SUMS or plan.recipe.placement is not Placement.MERGED:
         return []
     shared: Counter[int] = Counter()
     for job in plan.jobs:

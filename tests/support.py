@@ -13,7 +13,7 @@ import numpy as np
 from composer.adapters import open_adapter
 from composer.checkpoint import open_checkpoint
 from composer.plan import Plan, Term, make_plan
-from composer.recipe import AdapterTerm, Dtype, Export, Recipe
+from composer.recipe import AdapterTerm, Dtype, Export, Placement, Recipe
 from composer.run import Outcome, compose
 from composer.tensors import DTYPES, encode_header, read_header
 
@@ -82,6 +82,7 @@ def plan_folders(
     export: Export = Export.SAFETENSORS,
     task: int | None = None,
     untie: bool = False,
+    placement: Placement = Placement.MERGED,
 ) -> Plan:
     """The plan of adapters with weights on a base, each labelled by its folder's name."""
     terms = [Term(path.name, open_adapter(path), weight, task=task) for path, weight in adapters]
@@ -92,6 +93,7 @@ def plan_folders(
         method=method,
         export=export,
         untie=untie,
+        placement=placement,
     )
     return make_plan(recipe, open_checkpoint(base), terms)
 

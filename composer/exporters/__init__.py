@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from composer.additions import Prefix
+from composer.apart import check_placement, keep_apart
 from composer.checkpoint import Checkpoint
-from composer.errors import RecipeError, UnsupportedAdapterError
+from composer.errors import RecipeError, UnsupportedAdapterError, UnsupportedArchitectureError
 from composer.exporters.bundle import BundleExporter
 from composer.exporters.companions import companion_files, write_companions
 from composer.exporters.peft import PeftExporter
@@ -23,6 +24,7 @@ from composer.exporters.safetensors import SafetensorsExporter
 from composer.exporters.vocabulary import GENERATES
 from composer.kernels import Survival
 from composer.plan import Plan
+from composer.recipe import Placement
 from composer.sinks import FolderSink
 
 __all__ = ["Exporter", "PlanExporter", "find_exporter", "find_plan_exporter", "prepare_export"]
@@ -72,8 +74,20 @@ class OnnxExporter:
 
     def prepare(self, plan: Plan) -> Plan:
         """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
+        from composer.exporters.onnx import ARCHITECTURES
+
         self.check(plan.checkpoint)
         architecture = plan.checkpoint.architecture
+        if plan.recipe.placement is not Placement.MERGED:
+            if ARCHITECTURES[architecture].is_seq2seq:
+                raise UnsupportedArchitectureError(
+                    f"onnx: {architecture}: adapters are kept apart in one graph, and an encoder-decoder has two",
+                    expected="a model of one graph",
+                    found=architecture,
+                    remedy="merge the adapters",
+                    architecture=architecture,
+                )
+            return keep_apart(plan)
         takes_prefix = architecture.endswith(GENERATES) or architecture.startswith(PREFIX_ENCODERS)
         for item in plan.additions:
             if item.addition.family == Prefix.family and not takes_prefix:
@@ -86,7 +100,11 @@ class OnnxExporter:
         return plan
 
     def plan_files(self, plan: Plan) -> dict[str, int]:
-        """The additions; the size of a graph is known once it is traced."""
+        """The additions, and adapters that are kept apart; the size of a graph is known once it is traced."""
+        if plan.apart:
+            from composer.exporters.onnx.apart import apart_files
+
+            return apart_files(plan)
         return companion_files(plan)
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -101,11 +119,15 @@ class OnnxExporter:
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Write model.onnx, whose additions lie beside the weights, and compare it with torch."""
+        """Write the graph, or two, whose additions lie beside the weights, and compare with torch."""
         from composer.exporters.onnx import export_onnx
+        from composer.exporters.onnx.apart import kept_apart
 
-        added = {"additions": write_companions(plan, sink)} if plan.additions else {}
-        result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress)
+        added: dict[str, Any] = {"additions": write_companions(plan, sink)} if plan.additions else {}
+        apart = kept_apart(plan, sink) if plan.apart else None
+        result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress, apart=apart)
+        if apart is not None:
+            added |= {"placement": plan.recipe.placement.value, "adapters": apart.entries}
         for name in result.files:
             sink.adopt(name)
         facts = asdict(result)
@@ -142,6 +164,8 @@ def prepare_export(plan: Plan) -> Plan:
         from composer.requantise import check_requantise  # built on composer.run, which is built on this package
 
         check_requantise(plan)
+    if plan.recipe.placement is not Placement.MERGED:
+        check_placement(plan.recipe)
     in_place = find_plan_exporter(plan.recipe.export)
     if plan.recipe.rank is not None and in_place is None:
         raise RecipeError(

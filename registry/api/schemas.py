@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.recipe import Allow, BasePrecision, Dtype, Export, Recipe, Value, parse_recipe
+from composer.recipe import Allow, BasePrecision, Dtype, Export, Placement, Recipe, Value, parse_recipe
 from registry.access import Role, Scope
 from registry.api.rules import refuse_paths
 from registry.interface import DEFAULT_DAYS, GRACE_DAYS, KEEP_JOBS_DAYS
@@ -103,6 +103,7 @@ class RecipeRequest(_Request):
     parameters: dict[str, Value] = Field(default_factory=dict, description="of the method, by name")
     dtype: Dtype = Dtype.KEEP
     export: Export = Export.SAFETENSORS
+    placement: Placement = Field(default=Placement.MERGED, description="of the adapters, with export onnx")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")

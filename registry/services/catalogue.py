@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 from sqlalchemy import Engine, func, select, tuple_, update
 from sqlalchemy.orm import Session, selectinload
@@ -217,16 +218,35 @@ def find_version(session: Session, ref: str, version: str | None) -> VersionRow:
     return row
 
 
-def base_facts(session: Session, row: BaseModelRow) -> BaseFacts:
-    """All that a verdict needs of a base: its shapes and its declared relatives."""
+def base_facts(session: Session, row: BaseModelRow, *, lazy: bool = False) -> BaseFacts:
+    """All that a verdict needs of a base: its shapes and its declared relatives.
+
+    lazy: the relatives, of which there may be thousands, are read when they are first asked for, within the session.
+    """
     return BaseFacts(
         name=row.name,
         fingerprint=row.fingerprint,
         value_root=row.value_root,
         config_digest=row.config_digest,
         shapes=_shapes(session, row),
-        relatives=_relatives(session, row),
+        relatives=_Relatives(session, row) if lazy else _relatives(session, row),
     )
+
+
+class _Relatives(Mapping[str, str]):
+    """The relatives of a base, read when one is asked for."""
+
+    def __init__(self, session: Session, row: BaseModelRow) -> None:
+        self._read = cache(lambda: _relatives(session, row))
+
+    def __getitem__(self, fingerprint: str) -> str:
+        return self._read()[fingerprint]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
 
 
 def _shapes(session: Session, row: BaseModelRow) -> dict[str, tuple[int, ...]]:
@@ -250,13 +270,14 @@ def _relatives(session: Session, row: BaseModelRow) -> dict[str, str]:
         (BaseClosureRow.ancestor_id, BaseClosureRow.descendant_id, True),
         (BaseClosureRow.descendant_id, BaseClosureRow.ancestor_id, False),
     ):
-        query = select(BaseModelRow, BaseClosureRow.depth).join(BaseClosureRow, theirs == BaseModelRow.id)
-        for base, depth in session.execute(query.where(own == row.id).order_by(BaseClosureRow.depth)).tuples():
-            child, parent = (row, base) if up else (base, row)
-            found[base.fingerprint] = (
-                f"{child.name} is declared as {child.relation} from {parent.name}"
+        columns = (BaseModelRow.fingerprint, BaseModelRow.name, BaseModelRow.relation, BaseClosureRow.depth)
+        query = select(*columns).join(BaseClosureRow, theirs == BaseModelRow.id).where(own == row.id)
+        for fingerprint, name, relation, depth in session.execute(query.order_by(BaseClosureRow.depth)).tuples():
+            child, how, parent = (row.name, row.relation, name) if up else (name, relation, row.name)
+            found[fingerprint] = (
+                f"{child} is declared as {how} from {parent}"
                 if depth == 1
-                else f"{child.name} is declared to descend from {parent.name}, in {depth} steps"
+                else f"{child} is declared to descend from {parent}, in {depth} steps"
             )
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -265,11 +266,12 @@ class Compositions:
         return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
-        recipe, plan = resolved.recipe, prepare_export(self._plan(resolved))
+        recipe, asked = resolved.recipe, self._plan(resolved)
+        plan = prepare_export(asked)
         in_place = find_plan_exporter(recipe.export)
-        per_term = [
-            sum(item.term == index for job in plan.jobs for item in job.deltas) for index in range(len(plan.terms))
-        ]
+        changes = [item.term for job in plan.jobs for item in job.deltas]
+        changes += [item.term for adapter in plan.apart for _, item in adapter.deltas]
+        per_term = Counter(changes)
         added: dict[str, int] = {}
         if recipe.requantise:
             files, along = requantised_files(plan), requantised_companions(plan)
@@ -293,15 +295,15 @@ class Compositions:
                     digest=item.digest,
                     weight=item.term.weight,
                     verdict=item.verdict,
-                    tensors=count,
+                    tensors=per_term[index],
                     chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
-                for item, count in zip(resolved.adapters, per_term, strict=True)
+                for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
             warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
-            advice=tuple(plan_advice(plan)),
+            advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
             total=len(plan.jobs),

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Engine, Select, and_, false, func, or_, select, true
+from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, false, func, or_, select, true
 from sqlalchemy.orm import Session, aliased, selectinload
 
 from composer.adapters import Binding, Target, bind_targets
@@ -46,6 +47,7 @@ V = TypeVar("V")
 MAX_PAGE = 1000
 CHUNK = 500
 WALK_FROM = 0.05  # from this share of the signatures on
+WIDE, RECENT = 200, 500
 LEVELS = list(Level)
 
 
@@ -148,8 +150,28 @@ class Part:
     condition: ColumnElement[bool] = field(default_factory=true)
     walk: bool = False
 
+    def page(self, connection: Session | Connection, limit: int, before: int | None) -> list[int]:
+        """Their numbers, the newest first, up to `limit`.
+
+        Very many values are those of many versions, mostly: then a page is full after a look at the newest of all.
+        """
+        if len(self.values) > WIDE and not self.walk:
+            query = select(VersionRow.id, self.column).where(VersionRow.latest, self.condition)
+            query = query if before is None else query.where(VersionRow.id < before)
+            wanted = frozenset(self.values)
+            recent = connection.execute(query.order_by(VersionRow.id.desc()).limit(RECENT))
+            found = [number for number, value in recent if value in wanted][:limit]
+            if len(found) == limit:
+                return found
+        dialect = connection.get_bind().dialect.name if isinstance(connection, Session) else connection.dialect.name
+        return [row[0] for row in connection.execute(self.newest(dialect, limit, before))]
+
     def newest(self, dialect: str, limit: int, before: int | None) -> Select[tuple[int]]:
-        """Their numbers, the newest first: for each value the newest `limit`, and of these the newest `limit`."""
+        """Their numbers, the newest first.
+
+        Of many values only those count whose own newest is among the `limit` newest of all values: any other value has
+        that many newer numbers before its first. So one number is read for each value, and `limit` for few of them.
+        """
         query = select(VersionRow.id).where(VersionRow.latest, self.condition)
         if before is not None:
             query = query.where(VersionRow.id < before)
@@ -161,13 +183,16 @@ class Part:
         if len(self.values) == 1:
             return query.where(self.column == self.values[0]).order_by(order).limit(limit)
         source, key = SOURCES[self.column.key]
-        top = query.where(self.column == key).order_by(order).limit(limit).correlate(source)
+        first = query.where(self.column == key).order_by(order).limit(1).correlate(source).scalar_subquery()
+        values = select(key.label("value")).where(key.in_(self.values)).order_by(first.desc().nulls_last())
+        leading = values.limit(limit).subquery()
+        top = query.where(self.column == leading.c.value).order_by(order).limit(limit).correlate(leading)
         if dialect == "postgresql":
             each = top.lateral()
-            found = select(each.c.id).select_from(source).join(each, true()).where(key.in_(self.values))
+            found = select(each.c.id).select_from(leading).join(each, true())
             return found.order_by(each.c.id.desc()).limit(limit)
         chosen = aliased(VersionRow)
-        found = select(chosen.id).select_from(source).join(chosen, chosen.id.in_(top)).where(key.in_(self.values))
+        found = select(chosen.id).select_from(leading).join(chosen, chosen.id.in_(top))
         return found.order_by(chosen.id.desc()).limit(limit)
 
 
@@ -190,11 +215,12 @@ class Matching:
         found: list[tuple[VersionRow, Verdict]] = []
         with session_scope(self._engine) as session:
             row = find_base(session, base)
-            facts = base_facts(session, row)
+            facts = base_facts(session, row, lazy=True)
             following = None
-            for wanted, parts in levels_of(session, row, facts).items():
+            for wanted, ask in levels_of(session, row, facts).items():
                 if LEVELS.index(wanted) < first or not better_or_equal(wanted, level):
                     continue
+                parts = ask()
                 while len(found) <= limit:
                     need = limit + 1 - len(found)
                     numbers = self._newest(session, parts, need, before)
@@ -215,10 +241,10 @@ class Matching:
             )
         return Page(items=items, next=following)
 
-    def _newest(self, session: Session, parts: tuple[Part, ...], limit: int, before: int | None) -> list[int]:
+    @staticmethod
+    def _newest(session: Session, parts: tuple[Part, ...], limit: int, before: int | None) -> list[int]:
         """The newest of several parts."""
-        dialect = self._engine.dialect.name
-        found = {number for part in parts for number in session.scalars(part.newest(dialect, limit, before))}
+        found = {number for part in parts for number in part.page(session, limit, before)}
         return sorted(found, reverse=True)[:limit]
 
     @staticmethod
@@ -240,7 +266,7 @@ class Matching:
                 later = candidates if after is None else candidates.where(BaseModelRow.name > after)
                 after = None
                 for base in session.scalars(later.order_by(BaseModelRow.name)):
-                    verdict = version_verdict(session, row, base_facts(session, base))
+                    verdict = version_verdict(session, row, base_facts(session, base, lazy=True))
                     if verdict.level is not wanted:
                         continue
                     if len(items) == limit:
@@ -270,31 +296,53 @@ class Matching:
         yield Level.INCOMPATIBLE, every
 
 
-def levels_of(session: Session, row: BaseModelRow, facts: BaseFacts) -> dict[Level, tuple[Part, ...]]:
-    """The versions of each level, best first, for one base. Those before shape may hold some that do not bind."""
-    fitting, others = [], []
-    for digest, binding in bindings(session, session.scalars(select(SignatureRow.digest)), facts).items():
-        (others if binding.mismatches else fitting).append(digest)
-    twins = select(BaseModelRow.fingerprint).where(
-        BaseModelRow.value_root == row.value_root, BaseModelRow.config_digest == row.config_digest
-    )
-    same = [item for item in session.scalars(twins) if item != row.fingerprint]
-    values = and_(
-        VersionRow.base_value_root == row.value_root,
-        VersionRow.base_config_digest == row.config_digest,
-        func.coalesce(VersionRow.base_fingerprint, "") != row.fingerprint,
-    )
-    relatives = [item for item in facts.relatives if item not in same]
-    family = [row.fingerprint, *same, *relatives]
-    unrelated = func.coalesce(VersionRow.base_fingerprint, "").not_in(family)
+def levels_of(session: Session, row: BaseModelRow, facts: BaseFacts) -> dict[Level, Callable[[], tuple[Part, ...]]]:
+    """The versions of each level for one base, best first, each level computed when it is asked for.
+
+    Those before shape may hold some that do not bind.
+    """
     base = VersionRow.base_fingerprint
-    many = len(fitting) > WALK_FROM * (len(fitting) + len(others))
+
+    @cache
+    def same() -> tuple[str, ...]:
+        twins = select(BaseModelRow.fingerprint).where(
+            BaseModelRow.value_root == row.value_root, BaseModelRow.config_digest == row.config_digest
+        )
+        return tuple(item for item in session.scalars(twins) if item != row.fingerprint)
+
+    @cache
+    def relatives() -> tuple[str, ...]:
+        return tuple(item for item in facts.relatives if item not in same())
+
+    @cache
+    def signatures() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Those that fit, and the others."""
+        found = bindings(session, session.scalars(select(SignatureRow.digest)), facts)
+        fitting = tuple(digest for digest, binding in found.items() if not binding.mismatches)
+        return fitting, tuple(digest for digest, binding in found.items() if binding.mismatches)
+
+    def many() -> bool:
+        fitting, others = signatures()
+        return len(fitting) > WALK_FROM * (len(fitting) + len(others))
+
+    def same_values() -> tuple[Part, ...]:
+        values = and_(
+            VersionRow.base_value_root == row.value_root,
+            VersionRow.base_config_digest == row.config_digest,
+            func.coalesce(base, "") != row.fingerprint,
+        )
+        return (Part(condition=values), *([Part(base, same())] if same() else []))
+
+    def shape() -> tuple[Part, ...]:
+        unrelated = func.coalesce(base, "").not_in([row.fingerprint, *same(), *relatives()])
+        return (Part(VersionRow.signature, signatures()[0], and_(unrelated, _not_values(row)), walk=many()),)
+
     return {
-        Level.EXACT: (Part(base, (row.fingerprint,)),),
-        Level.SAME_VALUES: (Part(condition=values), *([Part(base, tuple(same))] if same else [])),
-        Level.LINEAGE: (Part(base, tuple(relatives)),) if relatives else (),
-        Level.SHAPE: (Part(VersionRow.signature, tuple(fitting), and_(unrelated, _not_values(row)), walk=many),),
-        Level.INCOMPATIBLE: (Part(VersionRow.signature, tuple(others), walk=not many),),
+        Level.EXACT: lambda: (Part(base, (row.fingerprint,)),),
+        Level.SAME_VALUES: same_values,
+        Level.LINEAGE: lambda: (Part(base, relatives()),) if relatives() else (),
+        Level.SHAPE: shape,
+        Level.INCOMPATIBLE: lambda: (Part(VersionRow.signature, signatures()[1], walk=not many()),),
     }
 
 

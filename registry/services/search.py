@@ -1,8 +1,8 @@
 """Finding adapters by words and properties, newest first.
 
-Words alone are looked up in the text index of the database (SQLite: FTS5, PostgreSQL: GIN). With a base, the versions
-of that base are read and their words compared: they are few, and the text index would first give all that hold the
-words.
+Words alone are looked up in the text index of the database (SQLite: FTS5, PostgreSQL: GIN). With a base of few versions
+these are read and their words compared. With a base of many, PostgreSQL's planner, which knows how common words are,
+chooses; in SQLite rare words are looked up, and of common ones a short walk over the base's newest fills a page.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, Select, column, func, literal_column, select, table
-from sqlalchemy.orm import selectinload
+from sqlalchemy import ColumnElement, Engine, Select, column, func, literal_column, select, table
+from sqlalchemy.orm import Session, selectinload
 
 from composer.errors import UsageError
 from registry.db import session_scope
@@ -20,10 +20,11 @@ from registry.schemas import Page, VersionInfo
 from registry.services.catalogue import find_base, version_infos
 from registry.words import query_words
 
-__all__ = ["Query", "Search", "search_page"]
+__all__ = ["Query", "Search", "prefers_text", "search_page"]
 
 MAX_PAGE = 1000
 MAX_WORDS = 20
+FEW = 2000
 TEXT = table("version_text", column("rowid"), column("version_text"))
 
 
@@ -59,29 +60,55 @@ class Search:
             raise UsageError(f"a search has at most {MAX_WORDS} words", expected=MAX_WORDS, found=len(words))
         with session_scope(self._engine) as session:
             base = find_base(session, query.base).fingerprint if query.base else None
-            statement = search_page(
-                self._engine.dialect.name, query, words, base, limit + 1, int(cursor) if cursor else None
-            )
+            dialect = self._engine.dialect.name
+            by_text = base is None or prefers_text(session, dialect, words, base)
+            before = int(cursor) if cursor else None
+            statement = search_page(dialect, query, words, base, limit + 1, before, by_text=by_text)
             rows = session.scalars(statement.options(selectinload(VersionRow.files))).all()
             items = tuple(version_infos(session, rows[:limit]))
         return Page(items=items, next=str(rows[limit - 1].id) if len(rows) > limit else None)
 
 
+def prefers_text(session: Session, dialect: str, words: tuple[str, ...], base: str) -> bool:
+    """Whether the text index should find the versions of a base that hold some words, or all of them be read."""
+    of_base = select(VersionRow.id).where(VersionRow.latest, VersionRow.base_fingerprint == base).limit(FEW + 1)
+    if not words or _count(session, of_base) <= FEW:
+        return False
+    return dialect != "sqlite" or _count(session, select(TEXT.c.rowid).where(_matches(words)).limit(FEW + 1)) <= FEW
+
+
+def _count(session: Session, query: Select[Any]) -> int:
+    return session.scalar(select(func.count()).select_from(query.subquery())) or 0
+
+
+def _matches(words: tuple[str, ...]) -> ColumnElement[bool]:
+    return TEXT.c.version_text.op("MATCH", is_comparison=True)(" ".join(f'"{word}"*' for word in words))
+
+
 def search_page(
-    dialect: str, query: Query, words: tuple[str, ...], base: str | None, limit: int, before: int | None
+    dialect: str,
+    query: Query,
+    words: tuple[str, ...],
+    base: str | None,
+    limit: int,
+    before: int | None,
+    *,
+    by_text: bool,
 ) -> Select[tuple[VersionRow]]:
-    """The statement of one page. `base`: the fingerprint that query.base names."""
+    """The statement of one page. base: the fingerprint that query.base names; by_text: the text index has a part."""
     statement = select(VersionRow).where(VersionRow.latest)
     order: Any = VersionRow.id
     if base is not None:
-        statement = statement.where(VersionRow.base_fingerprint == base)
-    if words and base is not None:
+        # A function keeps SQLite from the base's index where the text index is to be the one.
+        indexed = not (words and by_text and dialect == "sqlite")
+        held = VersionRow.base_fingerprint if indexed else func.coalesce(VersionRow.base_fingerprint, "")
+        statement = statement.where(held == base)
+    if words and not by_text:
         for word in words:
             statement = statement.where(VersionRow.search_text.like(f"% {word}%"))
     elif words and dialect == "sqlite":
-        wanted = " ".join(f'"{word}"*' for word in words)
         statement = statement.join(TEXT, TEXT.c.rowid == VersionRow.id)
-        statement = statement.where(TEXT.c.version_text.op("MATCH")(wanted))
+        statement = statement.where(_matches(words))
         order = TEXT.c.rowid  # in whose order the index gives its rows, so that a page needs no sort
     elif words:
         simple = literal_column("'simple'")

@@ -1,6 +1,7 @@
 """Runs jobs: takes one under a lease, keeps the lease alive, writes down how far it is and how it ended.
 
-    take      the oldest that is queued, or running under a lease that ran out (its worker was killed)
+    take      the oldest that is queued, or running under a lease that ran out (its worker was killed) or that is longer
+              than any may be (the clock was set back since)
     beat      a thread renews the lease and learns of a cancel; progress does the same
     end       only by the worker whose lease it is: a worker that was thought dead changes nothing
 
@@ -35,6 +36,7 @@ __all__ = ["LEASE_S", "Worker"]
 
 log = logging.getLogger(__name__)
 LEASE_S = 30.0
+MAX_LEASE_S = 3600.0
 POLL_S = 1.0
 REPORT_S = 0.5
 MAX_ATTEMPTS = 3
@@ -191,7 +193,9 @@ class Worker:
 
     def _take(self) -> tuple[str, str, dict[str, Any], str] | None:
         """Lease the oldest job there is to run. Late ones that may not run again are ended on the way."""
-        late = (JobRow.state == JobState.RUNNING.value) & (JobRow.lease_until < now())
+        longest = now() + timedelta(seconds=MAX_LEASE_S)
+        over = or_(JobRow.lease_until < now(), JobRow.lease_until > longest)
+        late = (JobRow.state == JobState.RUNNING.value) & over
         waiting = JobRow.state == JobState.QUEUED.value
         query = select(JobRow).where(or_(waiting, late), JobRow.kind.in_(list(KINDS)))
         query = query.order_by(JobRow.created_at, JobRow.id)

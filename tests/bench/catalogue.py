@@ -21,7 +21,7 @@ from typing import Any
 import click
 import sqlalchemy as sa
 
-from registry.db import refresh_statistics, session_scope
+from registry.db import CatalogueSession, refresh_statistics, session_scope
 from registry.models import (
     AdapterRow,
     BaseClosureRow,
@@ -36,7 +36,7 @@ from registry.schemas import Level
 from registry.services.catalogue import base_facts, find_base
 from registry.services.local import LocalRegistry, open_registry
 from registry.services.matching import levels_of
-from registry.services.search import Query, search_page
+from registry.services.search import Query, prefers_text, search_page
 from registry.words import index_text
 from tests.postgres import find_server, running_server
 
@@ -130,11 +130,13 @@ def cases(
     """What is measured: name, what of it, and how."""
     engine = registry.engine
     connection = engine.connect()
+    reading = CatalogueSession(connection)
     stages = {}
     for number in range(1, BASES + 1, 7):
         with session_scope(engine) as session:
             row = find_base(session, f"base{number}")
-            stages[number] = levels_of(session, row, base_facts(session, row))
+            found = levels_of(session, row, base_facts(session, row))
+            stages[number] = {level: found[level]() for level in (Level.EXACT, Level.LINEAGE, Level.SHAPE)}
     weights = [1 / number for number in stages]
 
     def base(pick: random.Random) -> int:
@@ -143,17 +145,14 @@ def cases(
     def place(pick: random.Random) -> int | None:
         return pick.randrange(count // 4, count) if pick.random() < 0.5 else None
 
-    def fetch(statement: Any) -> Callable[[], Any]:
-        return lambda: connection.execute(statement).all()
-
     dialect = engine.dialect.name
 
     def of_level(pick: random.Random, level: Level) -> Callable[[], Any]:
         parts, before = stages[base(pick)][level], place(pick)
-        statements = [part.newest(dialect, PAGE, before) for part in parts]
 
         def call() -> Any:
-            numbers = sorted({row[0] for item in statements for row in connection.execute(item)}, reverse=True)[:PAGE]
+            numbers = sorted({number for part in parts for number in part.page(connection, PAGE, before)}, reverse=True)
+            numbers = numbers[:PAGE]
             return connection.execute(sa.select(VersionRow).where(VersionRow.id.in_(numbers))).all()
 
         return call
@@ -163,8 +162,14 @@ def cases(
 
     def words(pick: random.Random, of_base: bool) -> Callable[[], Any]:
         wanted, number = tuple(pick.sample(WORDS, 2)), base(pick)
-        fingerprint = f"wf1:{digest('f', number)}" if of_base else None
-        return fetch(search_page(dialect, Query(), wanted, fingerprint, PAGE, place(pick)))
+        fingerprint, before = f"wf1:{digest('f', number)}" if of_base else None, place(pick)
+
+        def call() -> Any:
+            by_text = fingerprint is None or prefers_text(reading, dialect, wanted, fingerprint)
+            page = search_page(dialect, Query(), wanted, fingerprint, PAGE, before, by_text=by_text)
+            return connection.execute(page).all()
+
+        return call
 
     yield "two words and a base", "query", lambda pick: words(pick, True)
     yield "two words", "query", lambda pick: words(pick, False)

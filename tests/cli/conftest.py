@@ -37,6 +37,15 @@ def run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return invoke
 
 
+@pytest.fixture
+def two(run: Any, tiny_llama: Path, tiny_lora: Path, other_lora: Path) -> Any:
+    """A registry with a base and two adapters on it; gives `run`."""
+    run("base", "add", tiny_llama, "--name", "tiny")
+    run("publish", tiny_lora, "--name", "team/shout", "--base", "tiny")
+    run("publish", other_lora, "--name", "team/json", "--base", "tiny")
+    return run
+
+
 def environment() -> dict[str, str]:
     """This process's environment, with the source tree importable."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}

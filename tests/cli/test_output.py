@@ -69,6 +69,8 @@ def test_clean_keeps_letters_of_any_script() -> None:
     [
         ("smollm2+team/shout@1.0.0:0.7", {}, "smollm2+shout"),
         ("smollm2+shout+team/json", {"export": Export.ONNX}, "smollm2+shout+json-onnx"),
+        ("tiny+a+b", {"export": Export.ONNX, "placement": "separate"}, "tiny+a+b-onnx-separate"),
+        ("tiny+a+b", {"export": Export.ONNX, "placement": "multi"}, "tiny+a+b-onnx-multi"),
         ("./models/tiny/+/x/y/fr", {"dtype": Dtype.FP16}, "tiny+fr-fp16"),
         ("smollm2", {}, "smollm2"),
         ("nf4+a", {"base_precision": "original", "requantise": True}, "nf4+a-original-requantised"),

@@ -6,17 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-
-@pytest.fixture
-def two(run: Any, tiny_llama: Path, tiny_lora: Path, other_lora: Path) -> Any:
-    """A registry with a base and two adapters on it; gives `run`."""
-    run("base", "add", tiny_llama, "--name", "tiny")
-    run("publish", tiny_lora, "--name", "team/shout", "--base", "tiny")
-    run("publish", other_lora, "--name", "team/json", "--base", "tiny")
-    return run
-
 
 def test_a_composed_lora_is_published_like_any_other(two: Any) -> None:
     """The card carries the base's fingerprint, so the new adapter is exact on it, and composing it needs no flag."""

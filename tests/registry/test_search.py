@@ -15,6 +15,7 @@ from alembic import command
 from composer.errors import UsageError
 from registry.db import _alembic_config, create_database_engine
 from registry.schemas import Level, Page, Relation
+from registry.services import matching, search
 from registry.services.local import LocalRegistry, open_registry
 from tests.support import write_base, write_lora
 
@@ -78,6 +79,25 @@ def test_adapters_of_a_base_come_level_by_level(filled: LocalRegistry) -> None:
     assert [fit.adapter.name for fit in everything[10:]] == ["team/wide9"]
     for fit in everything:
         assert filled.check(fit.adapter.name, "base") == fit.verdict
+
+
+def test_the_ways_to_read_a_large_catalogue_give_the_same_pages(
+    filled: LocalRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of very many bases, a base of very many versions, rare and common words: as in a small catalogue."""
+    queries = [{"text": text, "base": base} for text in ("te", "base4", "q_proj team") for base in ("base", "tuned")]
+
+    def pages() -> list[Any]:
+        found = [all_pages(filled.compatible, base, level=Level.INCOMPATIBLE) for base in ("base", "tuned", "wide")]
+        return found + [all_pages(filled.search, **query) for query in queries]
+
+    expected = pages()
+    assert any(expected[3:])
+    for wide, recent, few in ((0, 500, 2), (0, 1, 0), (200, 500, 1)):
+        monkeypatch.setattr(matching, "WIDE", wide)
+        monkeypatch.setattr(matching, "RECENT", recent)
+        monkeypatch.setattr(search, "FEW", few)
+        assert pages() == expected
 
 
 def test_bases_of_an_adapter_come_level_by_level(filled: LocalRegistry) -> None:

@@ -9,6 +9,7 @@
             (minutes, no weights)    │       (milliseconds)
                                      ▼
                                 bottlenecks  where bottlenecks.json lies in the folder: their nodes
+                                apart        adapters that are kept apart from the weights: their inputs or rows
                                      ▼
                            .model.onnx.*.tmp
                                      │
@@ -31,7 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.bottlenecks import BUNDLE
 from composer.errors import NotFoundError
@@ -44,7 +45,17 @@ from composer.exporters.onnx.virtual_tokens import insert_virtual_tokens
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ARCHITECTURES", "MODEL_FILE", "OnnxExport", "export_onnx", "generate", "open_session", "supported"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODEL_FILE",
+    "KeptApart",
+    "OnnxExport",
+    "export_onnx",
+    "generate",
+    "open_session",
+    "supported",
+    "write_aside",
+]
 
 MODEL_FILE = "model.onnx"
 
@@ -75,8 +86,24 @@ class OnnxExport:
     seconds: dict[str, float]
 
 
+class KeptApart(Protocol):
+    """Adapters that the graph is to hold beside the weights."""
+
+    def insert(self, model: onnx.ModelProto) -> None:
+        """Add them to the bound graph."""
+        ...
+
+    def verify(self, path: Path, architecture: Architecture, say: Callable[[str], None]) -> verify.Verification:
+        """Compare the graph in `path`, which lies in the folder, with torch, each of them active."""
+        ...
+
+
 def export_onnx(
-    folder: Path, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    apart: KeptApart | None = None,
 ) -> OnnxExport:
     """Write `model.onnx`, or the two files of an encoder-decoder, into a complete checkpoint folder, and verify them.
 
@@ -84,6 +111,7 @@ def export_onnx(
     folder: config.json and model.safetensors, or shards with model.safetensors.index.json; a tokenizer is used to
         make prompts when there is one. Weights are float32, float16 or bfloat16.
     cache_dir: where weightless graphs are kept between exports; None traces anew each time.
+    apart: adapters for the graph; without any of them active it is compared as one that has none.
     Only verified files get these names. When verification fails, older files of the names are deleted as well: they
     point into the same weights.
     Raises, before anything is written: NotFoundError, UnsupportedArchitectureError, MissingDependencyError.
@@ -121,11 +149,15 @@ def export_onnx(
             if (folder / BUNDLE).is_file():
                 insert_bottlenecks(bound.model, folder, half=row.is_seq2seq)
             insert_virtual_tokens(bound.model, folder, config, part)
-            asides[file] = _write_aside(folder, file, bound.model)
+            if apart is not None:
+                apart.insert(bound.model)
+            asides[file] = write_aside(folder, bound.model, file)
         clock.append(time.perf_counter())
         say(f"verify {architecture.name} in ONNX Runtime against torch")
         try:
             result = verify.verify(folder, list(asides.values()), architecture)
+            if apart is not None:
+                result = result.joined(apart.verify(asides[MODEL_FILE], architecture, say))
             for file, aside in asides.items():
                 os.replace(aside, folder / file)
         except Exception:
@@ -173,7 +205,7 @@ def _graph(
     return graph, False
 
 
-def _write_aside(folder: Path, name: str, model: onnx.ModelProto) -> Path:
+def write_aside(folder: Path, model: onnx.ModelProto, name: str = MODEL_FILE) -> Path:
     """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
     handle, aside = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
     try:

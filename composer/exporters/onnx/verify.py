@@ -31,7 +31,7 @@ from composer.exporters.onnx.skeleton import quiet
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["RELATIVE_TOLERANCE", "Verification", "verify"]
+__all__ = ["RELATIVE_TOLERANCE", "SMALLEST_TOLERANCE", "Verification", "prompt_rows", "verify"]
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest difference allowed, as a share of the largest value the torch model gives on the same prompts.
@@ -62,6 +62,11 @@ class Verification:
     max_abs_diff: float
     tolerance: float
     checks: tuple[dict[str, Any], ...]
+
+    def joined(self, other: Verification) -> Verification:
+        """Both as one; each has passed by its own tolerance."""
+        largest, tolerance = max((self.max_abs_diff, self.tolerance), (other.max_abs_diff, other.tolerance))
+        return Verification(largest, tolerance, (*self.checks, *other.checks))
 
 
 def verify(folder: Path, paths: Sequence[Path], architecture: Architecture) -> Verification:
@@ -292,6 +297,12 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def prompt_rows(folder: Path, config: Any, longest: int) -> list[list[int]]:
+    """All prompts of a folder: texts, where it has a tokenizer, and seeded ids."""
+    tokenizer = _tokenizer(folder)
+    return [*_text_prompts(tokenizer, config, longest), *_random_prompts(tokenizer, config, longest)]
 
 
 def _text_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:

@@ -30,6 +30,7 @@ from composer.exporters.onnx.graph_cache import digest_of
 from composer.exporters.onnx.session import forward
 from composer.exporters.onnx.skeleton import quiet
 from composer.tensors import encode_header, read_header
+from tests.bench.onnx_table import COLUMNS, PAGE, read_table
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -166,6 +167,19 @@ def build(name: str) -> Any:
     return cls(cls.config_class(**OPTIONS[name]))
 
 
+def save_tiny(name: str, dtype: torch.dtype, folder: Path, **options: Any) -> Path:
+    """A tiny random model as a checkpoint folder; the same name gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(name).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norms that are all ones and biases that are all zeros would hide a swap.
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One graph cache for the module, so that each configuration is traced once."""
@@ -174,18 +188,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """Save a tiny random model as a checkpoint folder; the same name gives the same weights."""
+    """`save_tiny` into a folder of the test's own."""
 
     def save(name: str, dtype: torch.dtype = torch.float32, folder: str = "model", **options: Any) -> Path:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = build(name).eval()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    # Norms that are all ones and biases that are all zeros would hide a swap.
-                    parameter.add_(torch.randn(parameter.shape) * 0.1)
-        model.to(dtype).save_pretrained(tmp_path / folder, **options)
-        return tmp_path / folder
+        return save_tiny(name, dtype, tmp_path / folder, **options)
 
     return save
 
@@ -638,10 +644,24 @@ def test_every_architecture_of_the_table_computes_what_torch_computes(make: Call
     assert all("pooler." in name for name in stored.keys() - bound.keys())
 
 
+def tiny_names() -> dict[str, str]:
+    """Architecture → the name under which `build` knows a tiny model of it."""
+    return {name: name for name in OPTIONS} | {type(model()).__name__: name for name, model in MODELS.items()}
+
+
 def test_the_table_has_no_untested_row() -> None:
     """A row without a tiny model here is not supported."""
-    quick = {type(model()).__name__ for model in MODELS.values()}
-    assert quick | set(OPTIONS) == {name for name, row in ARCHITECTURES.items() if not row.is_seq2seq}
+    assert set(tiny_names()) == {name for name, row in ARCHITECTURES.items() if not row.is_seq2seq}
+
+
+def test_the_documented_table_has_every_row_and_column() -> None:
+    """docs/onnx.md is measured by `python -m tests.bench.onnx_table`; no architecture, dtype or flavour is missing."""
+    columns, rows = read_table(PAGE.read_text(encoding="utf-8"))
+    assert columns == COLUMNS
+    assert {name: row[1:3] for name, row in rows.items()} == {
+        name: [row.task, str(row.opset)] for name, row in ARCHITECTURES.items()
+    }
+    assert all(cell for row in rows.values() for cell in row)
 
 
 @pytest.mark.slow
