@@ -33,7 +33,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INCOMPATIBLE = 4
 MAX_OUT = 100
-MAX_PROBE = 1 << 20
 RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
@@ -257,7 +256,7 @@ def compose(
             )
         from registry.api.rules import refuse_paths
 
-        job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences)
+        job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences, probe=_text(probe))
         emit(settings, job, lambda: job_block(job), lambda: job.id)
         return
     folder = out or default_out(wanted)
@@ -275,9 +274,11 @@ def compose(
 
 
 def _text(path: Path | None) -> str | None:
-    """What a file to probe holds: UTF-8, its first mebibyte."""
+    """What a file to probe holds: UTF-8, its first million characters."""
     if path is None:
         return None
+    from composer.probe import MAX_PROBE
+
     try:
         with path.expanduser().open(encoding="utf-8") as file:
             return file.read(MAX_PROBE)

@@ -368,17 +368,7 @@ class RemoteRegistry:
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """Run a job on the service and download what it made. An interrupt cancels the job.
-
-        Raises UsageError for a text to probe: jobs compose from recipes alone.
-        """
-        if probe is not None:
-            raise UsageError(
-                "a text is probed where the model is composed",
-                expected="a registry on this machine",
-                found=self.url,
-                remedy="leave --url out, or compose without --probe",
-            )
+        """Run a job on the service and download what it made. An interrupt cancels the job."""
         if pins:
             recipe = recipe.model_copy(update={"adapters": tuple(map(self._pin, recipe.adapters, pins))})
         out = out.expanduser().resolve()
@@ -389,7 +379,9 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
+            job, result = self._wait(
+                self.submit(recipe, accept_licences=accept_licences, probe=probe), CompositionInfo, progress
+            )
             files = _outputs(result)
             if publish is not None:
                 result = result.model_copy(update={"published": self._publish_job(job.id, publish, progress)})
@@ -416,9 +408,11 @@ class RemoteRegistry:
                 return term
         return term.model_copy(update={"version": pin})
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose."""
         body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        if probe is not None:
+            body = {"recipe": body, "probe": probe}
         return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
 
     def submit_publication(self, job_id: str, name: str) -> JobInfo:

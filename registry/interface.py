@@ -266,7 +266,7 @@ class Registry(Protocol):
         """
         ...
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
         ...
 

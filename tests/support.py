@@ -74,6 +74,18 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
 
 
+def add_words(folder: Path, count: int) -> Path:
+    """Give a base a tokenizer of `count` words, w0 is 0, w1 is 1, …; the last stands for all that are unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = f"w{count - 1}"
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(count)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
+    return folder
+
+
 def plan_folders(
     base: Path,
     adapters: Iterable[tuple[Path, float]] = (),

@@ -245,6 +245,74 @@ def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
     assert tokens.tolist() == wanted[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "ref"),
+    [
+        ("PromptEncoderConfig", {"encoder_hidden_size": 64}, "test/p-tuning"),
+        ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}, "test/multitask#1"),
+        ("CPTConfig", {"cpt_token_ids": [28, 30, 47, 198], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]},
+         "test/cpt"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_soft_prompt_is_words_of_smollm2(
+    config: str, options: dict[str, Any], ref: str, opened: LocalRegistry, smollm2: Path, tmp_path: Path
+) -> None:
+    """PEFT live against the plain checkpoint: fp32 logits to 1e-4 and 32 greedy tokens."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    rows = base.get_input_embeddings().weight
+    torch.manual_seed(2)
+    sizes = {} if "CPT" in config else {"num_virtual_tokens": 8}
+    live = peft.get_peft_model(base, getattr(peft, config)(task_type="CAUSAL_LM", **sizes, **options)).eval()
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * rows.std() * torch.randn_like(parameter)
+    live.save_pretrained(tmp_path / "soft")
+    opened.publish(tmp_path / "soft", name=ref.split("#", maxsplit=1)[0], version="1.0.0", base="smollm2")
+    opened.compose(parse_recipe(f"smollm2+{ref}", dtype=Dtype.FP32), tmp_path / "out")
+    words = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    task = {"task_ids": torch.tensor([1])} if "#" in ref else {}
+    ids = prompt_ids(AutoTokenizer.from_pretrained(smollm2))[0]
+    given = prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "out"))[0]
+    count = given.shape[1] - ids.shape[1]
+    with torch.inference_mode():
+        expected = live(input_ids=ids, attention_mask=torch.ones_like(ids), **task).logits[0, count:]
+        found = words(input_ids=given).logits[0, count:, : expected.shape[1]]
+        wanted = live.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, **task
+        )
+        tokens = words.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=32, do_sample=False
+        )
+    assert float((found - expected).abs().max()) <= 1e-4
+    assert tokens[0, given.shape[1] :].tolist() == wanted[0, -(tokens.shape[1] - given.shape[1]) :].tolist()
+
+
+def test_an_untrained_prefix_is_not_taken_for_a_wrong_graph(
+    opened: LocalRegistry, smollm2: Path, tmp_path: Path
+) -> None:
+    """Its logits are ill-conditioned: torch itself is as far from float64, which the export measures and records."""
+    import torch
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    torch.manual_seed(0)
+    live = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20))
+    live.prompt_encoder["default"].embedding.weight.data.normal_()
+    live.save_pretrained(tmp_path / "prefix")
+    opened.publish(tmp_path / "prefix", name="test/untrained", version="1.0.0", base="smollm2")
+    found = opened.compose(
+        parse_recipe("smollm2+test/untrained", dtype=Dtype.FP32, export=Export.ONNX), tmp_path / "out"
+    ).record["export"]
+    largest = max(check["max_abs_diff"] for check in found["checks"])
+    rounding = max(check.get("float32_rounding", 0.0) for check in found["checks"])
+    assert 1e-3 < largest <= found["tolerance"] <= 8 * rounding
+
+
 def test_two_real_adapters_are_the_float64_sum_rounded_once(
     opened: LocalRegistry, smollm2: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,11 @@ BODIES: Mapping[str, Any] = {
     "PublicationRequest": {"name": "team/loud-smollm2"},
     "ReasonRequest": {"reason": "trained on the wrong data"},
     "RecipeRequest": {"recipe": RECIPE, "method": "linear", "export": "safetensors"},
+    "ComposeRequest": {"recipe": RECIPE, "export": "safetensors", "probe": "The quick brown fox jumps over the dog."},
+    "ProbedRecipe": {
+        "recipe": {"base": "smollm2", "adapters": [{"ref": "team/shout"}]},
+        "probe": "The quick brown fox jumps over the dog.",
+    },
     "ResizeRequest": {"ref": "team/shout@1.0.0", "energy": 0.99},
     "RestoreRequest": {"ref": "team/chat-delta@1.0.0", "base": "smollm2"},
     "SignatureRequest": {"bundle": BUNDLE},

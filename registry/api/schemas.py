@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from composer.probe import MAX_PROBE
 from composer.recipe import (
     Allow,
     BasePrecision,
@@ -27,6 +28,7 @@ from registry.schemas import DoctorCheck
 __all__ = [
     "AliasRequest",
     "CollectRequest",
+    "ComposeRequest",
     "DeltaRequest",
     "DeprecationRequest",
     "DoctorReport",
@@ -34,6 +36,7 @@ __all__ = [
     "Health",
     "ImportRequest",
     "MemberRequest",
+    "ProbedRecipe",
     "PublicationRequest",
     "ReasonRequest",
     "RecipeRequest",
@@ -45,6 +48,12 @@ __all__ = [
     "Whoami",
     "form_body",
     "to_recipe",
+]
+
+
+Probe = Annotated[
+    str | None,
+    Field(max_length=MAX_PROBE, description="a text: its perplexity before and after goes into the record"),
 ]
 
 
@@ -138,6 +147,19 @@ class RecipeRequest(_Request):
     min_survival: float = Field(default=0.1, ge=0, le=1, description="what requantising must leave of each adapter")
 
 
+class ComposeRequest(RecipeRequest):
+    """What to compose, and a text to measure it on."""
+
+    probe: Probe = None
+
+
+class ProbedRecipe(_Request):
+    """A whole recipe, and a text to measure its result on."""
+
+    recipe: Recipe
+    probe: Probe = None
+
+
 class PublicationRequest(_Request):
     """What a composition is to be called."""
 
@@ -204,10 +226,12 @@ class Health(BaseModel):
     version: str
 
 
-def to_recipe(body: RecipeRequest | Recipe) -> Recipe:
+def to_recipe(body: RecipeRequest | ProbedRecipe | Recipe) -> Recipe:
     """The recipe that a request holds, in either form. Raises RecipeError, or PolicyError for local paths."""
+    if isinstance(body, ProbedRecipe):
+        body = body.recipe
     if isinstance(body, RecipeRequest):
-        body = parse_recipe(body.recipe, **body.model_dump(exclude={"recipe"}))
+        body = parse_recipe(body.recipe, **body.model_dump(exclude={"recipe", "probe"}))
     return refuse_paths(body)
 
 

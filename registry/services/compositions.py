@@ -32,7 +32,7 @@ from composer.files import copy_names, read_json, sha256_file
 from composer.parts import remove_dead_parts
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
-from composer.probe import probe_digest
+from composer.probe import check_probe, probe_digest
 from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
@@ -286,13 +286,16 @@ class Compositions:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
         return self._describe(self.resolve(recipe))
 
-    def prepare(self, recipe: Recipe, accept_licences: bool = False) -> Prepared:
+    def prepare(self, recipe: Recipe, accept_licences: bool = False, text: str | None = None) -> Prepared:
         """The plan of a composition that is to run later. Raises what compose would."""
         resolved = self.resolve(recipe)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
-        return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
+        if text is not None:
+            check_probe(self._plan(resolved))
+        key = _probed(resolved.key, text)
+        return Prepared(self._describe(resolved), key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
         recipe, asked = resolved.recipe, self._plan(resolved)
@@ -363,9 +366,7 @@ class Compositions:
         _require_licences(resolved, accept_licences)
         screened = self._screen(resolved, plan)
         beside = [*resolved.advice, *screened.alarms]
-        key = resolved.key
-        if text is not None:
-            key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+        key = _probed(resolved.key, text)
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
             # A process that was killed may have got no further than the files.
@@ -541,6 +542,11 @@ def _require_licences(resolved: Resolved, accepted: bool) -> None:
             remedy="ask who publishes them for other terms, or go on with --accept-licences",
             verdict=verdict.model_dump(mode="json"),
         )
+
+
+def _probed(key: str, text: str | None) -> str:
+    """The key of a composition that is measured on a text."""
+    return key if text is None else hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
 
 
 def _earlier(out: Path, key: str) -> dict[str, Any] | None:

@@ -345,9 +345,9 @@ class LocalRegistry:
     def plan(self, recipe: Recipe) -> PlanInfo:
         return self._compositions.plan(recipe)
 
-    def prepare(self, recipe: Recipe, *, accept_licences: bool = False) -> Prepared:
+    def prepare(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> Prepared:
         """A plan that compose will follow: refused where compose would refuse, with its key and pinned versions."""
-        return self._compositions.prepare(recipe, accept_licences)
+        return self._compositions.prepare(recipe, accept_licences, probe)
 
     def compose(
         self,
@@ -378,8 +378,8 @@ class LocalRegistry:
     def submit_publication(self, job_id: str, name: str) -> JobInfo:
         return self._jobs.submit_publication(job_id, name)
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
-        return self._jobs.submit(recipe, accept_licences=accept_licences)
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
+        return self._jobs.submit(recipe, accept_licences=accept_licences, probe=probe)
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None

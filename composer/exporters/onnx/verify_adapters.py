@@ -59,7 +59,7 @@ def verify_adapters(
     with quiet():
         cls = getattr(transformers, architecture.name)
         module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-        live = LiveModel(module, folder, architecture)
+        live = LiveModel(module, folder, architecture.output)
         session = open_session(model_path)
         longest = _longest(module.config)
         prompts = prompt_rows(folder, module.config, longest)
