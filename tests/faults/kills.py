@@ -51,10 +51,10 @@ class Tally:
                 self.left)  # fmt: skip
 
 
-def soak(site: Site, kills: int, seed: int = 0) -> Tally:
-    """Kill `kills` times, by turns after a random time and at a random call, which one unharmed run measures."""
+def soak(site: Site, kills: int, seed: int = 0, *, whole_runs: int = 2) -> Tally:
+    """Kill `kills` times, by turns after a random time and at a random call, which the last unharmed run measures."""
     rng, tally = random.Random(f"{site.name} {seed}"), Tally(site.name, kills)
-    for index in range(-2, 0):  # the first one warms caches
+    for index in range(-whole_runs, 0):  # the first one warms caches
         whole = site.strike(index, Blow())
         problems = [*site.lost(whole), *site.partial(whole), *site.recover()]
         assert not whole.killed, whole

@@ -20,7 +20,7 @@ from tests.faults.kills import soak
 @pytest.mark.parametrize("site", SITES.values(), ids=SITES)
 def test_a_kill_loses_nothing_and_shows_nothing_half(site: Any, tmp_path: Path) -> None:
     """What was acknowledged is there, what is visible is whole, the next run succeeds, and gc leaves no remains."""
-    tally = soak(site(tmp_path), 5)
+    tally = soak(site(tmp_path), 5, whole_runs=1)
     assert tally.wrong == []
     assert (tally.kills, tally.recovered) == (5, 5)
     assert tally.middle > 0
