@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from composer.errors import CorruptFileError, NotFoundError, TypedError, UsageError
 from composer.files import read_json
 from composer.provenance import manifest_digest
-from composer.recipe import Recipe, is_path, split_reference
+from composer.recipe import AdapterTerm, Recipe, is_path, split_reference
 from composer.sinks import FolderSink
 from registry import __version__
 from registry.access import Role, Scope
@@ -48,11 +48,14 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    SignatureInfo,
+    SignedBundle,
     StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
 )
+from registry.store.pulling import signature_files
 from registry.transfer import ServiceReplyError, connection_errors, file_parts, read_error, save_file
 
 __all__ = ["JobCancelledError", "RemoteRegistry"]
@@ -309,8 +312,23 @@ class RemoteRegistry:
         files = {file.name: (file.sha256, file.size) for file in info.files}
         with FolderSink(out.expanduser().resolve()) as sink:
             self._download(f"{path}/files", files, sink, "pulling", progress, version=info.digest)
+            for name, data in signature_files(info, self.signatures(ref) if info.signatures else ()).items():
+                sink.write(name, data)
             sink.commit()
         return info
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        """The signatures of a version."""
+        return self._get(self._signatures(ref), Page[SignedBundle]).items
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        """Send a signature that was made here."""
+        return self._read(self._send("POST", self._signatures(ref), json={"bundle": bundle}), SignatureInfo)
+
+    @staticmethod
+    def _signatures(ref: str) -> str:
+        path, version = _adapter(ref)
+        return f"{path}/versions/{_segment(version or 'latest')}/signatures"
 
     def compatible(
         self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -348,18 +366,11 @@ class RemoteRegistry:
         probe: str | None = None,
         publish: str | None = None,
         progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """Run a job on the service and download what it made. An interrupt cancels the job.
-
-        Raises UsageError for a text to probe: jobs compose from recipes alone.
-        """
-        if probe is not None:
-            raise UsageError(
-                "a text is probed where the model is composed",
-                expected="a registry on this machine",
-                found=self.url,
-                remedy="leave --url out, or compose without --probe",
-            )
+        """Run a job on the service and download what it made. An interrupt cancels the job."""
+        if pins:
+            recipe = recipe.model_copy(update={"adapters": tuple(map(self._pin, recipe.adapters, pins))})
         out = out.expanduser().resolve()
         earlier: dict[str, Any] | None = None
         if not replace and (out / RECORD).is_file():
@@ -368,7 +379,9 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
+            job, result = self._wait(
+                self.submit(recipe, accept_licences=accept_licences, probe=probe), CompositionInfo, progress
+            )
             files = _outputs(result)
             if publish is not None:
                 result = result.model_copy(update={"published": self._publish_job(job.id, publish, progress)})
@@ -385,9 +398,21 @@ class RemoteRegistry:
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def _pin(self, term: AdapterTerm, pin: str | None) -> AdapterTerm:
+        """The term as it is where it still means the pinned digest, else by that digest: a label is part of a card."""
+        if pin is None or is_path(term.ref):
+            return term
+        with suppress(TypedError):
+            ref = f"{term.ref}@{term.version}" if term.version else term.ref
+            if pin in ((info := self.get_version(ref)).digest, info.version):
+                return term
+        return term.model_copy(update={"version": pin})
+
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose."""
         body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        if probe is not None:
+            body = {"recipe": body, "probe": probe}
         return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
 
     def submit_publication(self, job_id: str, name: str) -> JobInfo:

@@ -33,6 +33,8 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    SignatureInfo,
+    SignedBundle,
     StoreCheck,
     TokenInfo,
     Verdict,
@@ -213,7 +215,15 @@ class Registry(Protocol):
         ...
 
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
-        """Write a version's files into the new folder `out`, each checked against its digest."""
+        """Write a version's files into the new folder `out`, each checked against its digest, with its signatures."""
+        ...
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        """The signatures of a version, each with its bundle, the first that came first."""
+        ...
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        """Keep a signature that lists exactly the files of a version (registry.verification makes it)."""
         ...
 
     def compatible(
@@ -246,15 +256,17 @@ class Registry(Protocol):
         probe: str | None = None,
         publish: str | None = None,
         progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """Compose into the new folder `out`. `accept_licences`: even where they conflict.
 
         probe: a text, whose perplexity before and after goes into the record. publish: the name of the base, or of the
-        adapter (export peft), that the result becomes.
+        adapter (export peft), that the result becomes. pins: the version or digest that each adapter of the recipe
+        means, whatever its name means by now.
         """
         ...
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
         ...
 

@@ -47,8 +47,14 @@ __all__ = [
     "Readiness",
     "Reason",
     "Relation",
+    "Score",
+    "Screening",
+    "SignatureInfo",
+    "Signed",
+    "SignedBundle",
     "TokenInfo",
     "Verdict",
+    "Verification",
     "VersionInfo",
     "VersionState",
 ]
@@ -182,6 +188,25 @@ class Advice(Schema):
         return f"{self.adapter}: {self.message} [{self.code}, {self.source}]"
 
 
+class Score(Schema):
+    """One number about an adapter or a composition (registry.screening), and where it begins to alarm."""
+
+    code: str = Field(description="stable: programs may match it")
+    value: float
+    threshold: float
+    alarm: bool
+    where: str | None = Field(default=None, description="the tensor or the kinds of module that it is about")
+    message: str
+    source: str = Field(description="the URL of the paper")
+
+
+class Screening(Schema):
+    """All scores; they refuse nothing, and quiet ones prove nothing."""
+
+    scores: tuple[Score, ...]
+    population: int = Field(description="how many adapters of the base it was compared with")
+
+
 class FileInfo(Schema):
     """One file of a version, a base or a composition."""
 
@@ -225,6 +250,20 @@ class BaseInfo(Schema):
     warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
 
 
+class SignatureInfo(Schema):
+    """That somebody signed the files of a version; whether the key is to be trusted, its reader knows."""
+
+    key: str = Field(description="sha256 of the public key in PEM")
+    subject: str = Field(description="who attached it here")
+    created_at: datetime
+
+
+class SignedBundle(SignatureInfo):
+    """A signature with its bundle, as model.sig holds it."""
+
+    bundle: dict[str, Any]
+
+
 class VersionInfo(Schema):
     """One immutable version of an adapter."""
 
@@ -253,6 +292,8 @@ class VersionInfo(Schema):
     downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
+    signatures: tuple[SignatureInfo, ...] = Field(default=(), description="first come, first named")
+    screening: Screening | None = Field(default=None, description="as of now; null in listings")
     chat_template_diff: str | None = TEMPLATE_DIFF
     created_at: datetime
 
@@ -297,6 +338,7 @@ class PlannedAdapter(Schema):
     weight: float
     verdict: Verdict
     tensors: int
+    screening: Screening | None = None
     chat_template_diff: str | None = TEMPLATE_DIFF
 
 
@@ -312,6 +354,7 @@ class PlanInfo(Schema):
     licences: LicenceVerdict
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = Field(default=(), description="what the literature says against it")
+    screening: Screening | None = Field(default=None, description="of the sum of its adapters")
     additions: tuple[str, ...] = Field(default=(), description="what adapters add to the model, in order")
     touched: int
     total: int
@@ -331,6 +374,7 @@ class CompositionInfo(Schema):
     cached: bool = Field(description="whether the same recipe over the same inputs was there already")
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    screening: Screening | None = Field(default=None, description="of the sum of its adapters")
     published: str | None = Field(default=None, description="the base or the adapter that it was published as")
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
@@ -376,6 +420,27 @@ class BaseCheck(Schema):
     found: str = Field(description="the fingerprint of what lies there now")
     intact: bool
     changed: tuple[str, ...] = Field(default=(), description="tensors that are not what was registered")
+
+
+class Signed(Schema):
+    """What was signed, and where its signature is."""
+
+    ref: str = Field(description="the folder, or namespace/name@version")
+    key: str = Field(description="sha256 of the public key in PEM")
+    files: tuple[str, ...]
+    bundle: str | None = Field(description="the file written; null for a signature that only the registry keeps")
+
+
+class Verification(Schema):
+    """A folder or a version that is what it claims to be: what is not raises an error in its place."""
+
+    ref: str
+    digest: str | None = Field(description="of all files, where there is a record of them")
+    files: int
+    signed_by: str | None = Field(default=None, description="the key asked for; null: no signature was asked for")
+    unsigned: tuple[str, ...] = Field(default=(), description="files that are no part of the adapter beside them")
+    attested: bool = Field(default=False, description="whether attestation.json is signed and agrees")
+    rebuilt: bool = Field(default=False, description="whether composing it again gave the same bytes")
 
 
 JobResult = CompositionInfo | ConversionInfo | DeltaInfo | ImportInfo | BaseInfo | BaseCheck | PublishResult

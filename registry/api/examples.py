@@ -44,6 +44,8 @@ from registry.schemas import (
     Readiness,
     Reason,
     Relation,
+    SignatureInfo,
+    SignedBundle,
     StoreCheck,
     TokenInfo,
     Verdict,
@@ -57,6 +59,16 @@ DIGEST = "sha256:a92e03b02e77f3f0f0d0c9e2d4c1b0a5968778695a4b3c2d1e0f9a8b7c6d5e4
 JOB = "0f8fad5bd9cb469fa16570867728950e"
 TOKEN = "3f1c9a7be204"
 AT = datetime(2026, 1, 15, 12, tzinfo=UTC)
+KEY = "0d5045b3ecb5a7b28fd7cf5997cf43773c3650c530019f3fe648e5c77a7e10fe"
+BUNDLE = {
+    "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+    "verificationMaterial": {"publicKey": {"hint": KEY}, "tlogEntries": []},
+    "dsseEnvelope": {
+        "payload": "eyJfdHlwZSI6Imh0dHBzOi8vaW4tdG90by5pby9TdGF0ZW1lbnQvdjEifQ==",
+        "payloadType": "application/vnd.in-toto+json",
+        "signatures": [{"sig": "MEUCIQDXJ0mU", "keyid": ""}],
+    },
+}
 RECIPE = "smollm2+team/shout@1.0.0:0.7"
 
 PARAMETERS: Mapping[str, Any] = {
@@ -77,8 +89,14 @@ BODIES: Mapping[str, Any] = {
     "PublicationRequest": {"name": "team/loud-smollm2"},
     "ReasonRequest": {"reason": "trained on the wrong data"},
     "RecipeRequest": {"recipe": RECIPE, "method": "linear", "export": "safetensors"},
+    "ComposeRequest": {"recipe": RECIPE, "export": "safetensors", "probe": "The quick brown fox jumps over the dog."},
+    "ProbedRecipe": {
+        "recipe": {"base": "smollm2", "adapters": [{"ref": "team/shout"}]},
+        "probe": "The quick brown fox jumps over the dog.",
+    },
     "ResizeRequest": {"ref": "team/shout@1.0.0", "energy": 0.99},
     "RestoreRequest": {"ref": "team/chat-delta@1.0.0", "base": "smollm2"},
+    "SignatureRequest": {"bundle": BUNDLE},
     "TokenRequest": {"name": "ci of team", "subject": "repo:acme/train", "scopes": ["publish"], "namespaces": ["team"]},
     "VisibilityRequest": {"private": True},
 }
@@ -125,6 +143,8 @@ def _answers() -> dict[str, BaseModel]:
         PublishResult(version=version, created=True),
         CompatibleAdapter(adapter=version, verdict=exact),
         BaseFit(base=base, verdict=exact),
+        SignatureInfo(key=KEY, subject="alice", created_at=AT),
+        SignedBundle(key=KEY, subject="alice", created_at=AT, bundle=BUNDLE),
         LineageInfo(name="smollm2", ancestors=(), descendants=(child,), suggestions=()),
         JobInfo(
             id=JOB,

@@ -64,6 +64,7 @@ def compose(registry: LocalRegistry, job_id: str, request: dict[str, Any], progr
     result = registry.compose(
         Recipe.model_validate(request["recipe"]), folder, replace=True, progress=progress,
         **({"pins": tuple(pins)} if pins else {}), accept_licences=request.get("accept_licences", False),
+        probe=request.get("probe"),
     )  # fmt: skip
     return result.model_copy(update={"out": ""})
 

@@ -90,15 +90,15 @@ class JobService:
         other._registry, other._principal = registry, principal
         return other
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose, or name the job that does or did the very same.
 
         It is planned first, so that what cannot work is refused at once, and its versions are pinned: an alias that
         moves while the job waits changes nothing.
         """
-        prepared = self._registry.prepare(recipe, accept_licences=accept_licences)
+        prepared = self._registry.prepare(recipe, accept_licences=accept_licences, probe=probe)
         request = {"recipe": recipe.model_dump(mode="json"), "pins": list(prepared.pins),
-                   "accept_licences": accept_licences}  # fmt: skip
+                   "accept_licences": accept_licences, "probe": probe}  # fmt: skip
         return self.enqueue("compose", str(recipe), request, key=prepared.key, nbytes=prepared.plan.nbytes)
 
     def submit_base(

@@ -41,6 +41,8 @@ from registry.schemas import (
     PublishResult,
     Readiness,
     Relation,
+    SignatureInfo,
+    SignedBundle,
     StoreCheck,
     TokenInfo,
     Verdict,
@@ -69,12 +71,13 @@ from registry.services.received import Received
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
+from registry.services.signatures import Signatures
 from registry.services.templates import with_template_diff
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
-from registry.store.pulling import pull_files
+from registry.store.pulling import pull_files, signature_files
 
 __all__ = ["LocalRegistry", "open_registry"]
 
@@ -117,6 +120,7 @@ class LocalRegistry:
         self._lifecycle = Lifecycle(self.engine)
         self._collection = Collection(self.engine, layout)
         self._audit = AuditLog(self.engine)
+        self._signatures = Signatures(self.engine)
         self.tokens = Tokens(self.engine)
         self.downloads = Downloads(self.engine)
         self._readiness = ReadinessProbe(self.engine, layout)
@@ -287,7 +291,7 @@ class LocalRegistry:
         return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
-        return with_template_diff(self.engine, self.store, self._catalogue.get_version(*split_reference(ref)))
+        return with_template_diff(self.engine, self.store, self._catalogue.screened_version(*split_reference(ref)))
 
     def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
         return self._catalogue.list_versions(name, limit, cursor)
@@ -311,9 +315,15 @@ class LocalRegistry:
 
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
         info = self.usable_version(ref)
-        pull_files(self.store, info.files, out, progress)
+        pull_files(self.store, info.files, out, progress, signature_files(info, self.signatures(ref)))
         self.count_download(info)
         return info
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        return self._signatures.list(*split_reference(ref))
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        return self._signatures.add(*split_reference(ref), bundle)
 
     def count_download(self, info: VersionInfo) -> None:
         """One download of this version more; counts are written every few seconds, and when the registry is closed."""
@@ -335,9 +345,9 @@ class LocalRegistry:
     def plan(self, recipe: Recipe) -> PlanInfo:
         return self._compositions.plan(recipe)
 
-    def prepare(self, recipe: Recipe, *, accept_licences: bool = False) -> Prepared:
+    def prepare(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> Prepared:
         """A plan that compose will follow: refused where compose would refuse, with its key and pinned versions."""
-        return self._compositions.prepare(recipe, accept_licences)
+        return self._compositions.prepare(recipe, accept_licences, probe)
 
     def compose(
         self,
@@ -351,7 +361,6 @@ class LocalRegistry:
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
         if publish is not None:
             with session_scope(self.engine, writes=True) as session:
                 require_publication(session, publish, recipe.export.value)
@@ -369,8 +378,8 @@ class LocalRegistry:
     def submit_publication(self, job_id: str, name: str) -> JobInfo:
         return self._jobs.submit_publication(job_id, name)
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
-        return self._jobs.submit(recipe, accept_licences=accept_licences)
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
+        return self._jobs.submit(recipe, accept_licences=accept_licences, probe=probe)
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None

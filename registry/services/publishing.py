@@ -26,6 +26,7 @@ from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import FileSet
 from composer.finite import count_nonfinite
 from composer.provenance import manifest_digest
+from composer.screening import Measurement, measure
 from composer.templates import chat_templates, template_diff
 from composer.tensors import DTYPES, TensorSpec
 from registry.access import Role, Scope
@@ -51,12 +52,15 @@ from registry.models import (
 from registry.names import Version, adapter_name, base_name, slug
 from registry.preflight import adapter_advice
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
+from registry.screening import alarms
 from registry.services.audit import acting, record
 from registry.services.blobs import require_blobs
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.lineage import set_parent
+from registry.services.name_checks import name_warnings
 from registry.services.namespaces import require_role
+from registry.services.screening import screen_version
 from registry.store.local import LocalStore
 from registry.words import index_text
 
@@ -253,6 +257,7 @@ class Publishing:
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         known = self._check_base(adapter, claim, warnings)
         advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
+        measured = measure(adapter)
         template = _template(chosen, known, warnings)
         for attempt in range(ATTEMPTS):  # two publishers at a time, or a collection, may be in each other's way
             files = self._store_files(chosen, progress)
@@ -263,7 +268,7 @@ class Publishing:
                     require_blobs(session, self._store, {entry.name: entry.sha256 for entry in files})
                     result = self._insert(
                         session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                        license, tags, description, private, said,
+                        license, tags, description, private, said, measured,
                     )  # fmt: skip
                     return result.model_copy(update={"advice": tuple(advice), "chat_template_diff": template})
             except CollectedError:
@@ -371,6 +376,7 @@ class Publishing:
         description: str | None,
         private: bool | None,
         warnings: list[str],
+        measured: Measurement,
     ) -> PublishResult:
         namespace, short = name
         require_role(session, namespace, Role.PUBLISHER)
@@ -391,6 +397,7 @@ class Publishing:
                 private = repository is not None and repository.private
             elif repository is not None:
                 repository.private = private
+            warnings.extend(name_warnings(session, namespace, short))
             owner = AdapterRow(namespace=namespace, name=short, private=private)
             session.add(owner)
             session.flush()
@@ -430,7 +437,7 @@ class Publishing:
         if same is not None:
             if claim.fingerprint != same.base_fingerprint:
                 warnings.append(f"{owner.full_name}@{same.version} keeps the base it was published with")
-            return PublishResult(version=version_info(session, same), created=False, warnings=tuple(warnings))
+            return _published(session, same, warnings, created=False)
         signature = adapter.signature
         text = description if description is not None else card.description
         labels = tuple(dict.fromkeys((*tags, *card.tags)))
@@ -458,6 +465,7 @@ class Publishing:
             ),
             signature=_signature(session, signature.targets),
             task=_short(adapter.config.get("task_type"), 50),
+            screening=measured.as_json(),
             files=files,
             labels=[VersionTagRow(tag=tag) for tag in labels if len(tag) <= 200],
         )
@@ -465,7 +473,15 @@ class Publishing:
         record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
         refresh_latest(session, owner.id)
         session.refresh(row)
-        return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+        return _published(session, row, warnings, created=True)
+
+
+def _published(session: Session, row: VersionRow, warnings: list[str], *, created: bool) -> PublishResult:
+    """The version with its screening, whose alarms are warnings too."""
+    screening = screen_version(session, row)
+    info = version_info(session, row).model_copy(update={"screening": screening})
+    told = (*warnings, *alarms(f"{info.name}@{info.version}", screening))
+    return PublishResult(version=info, created=created, warnings=told)
 
 
 def _check_no_adapter(session: Session, name: str) -> None:
