@@ -4,7 +4,8 @@
 #   make test    the whole suite
 #   make soak    what takes too long for that: 200 times kill -9 in each operation, 32 publishers at once, 100,000
 #                inputs that nobody thought of
-#   make bench   the merge against cp and PEFT on a model of 2.2 GB, adapters kept apart in ONNX
+#   make bench   the merge against cp and PEFT on a model of 2.2 GB, ONNX exports against other exporters, adapters
+#                kept apart in ONNX
 #
 # RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.
 
@@ -32,6 +33,8 @@ soak: install
 bench: install
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.rounding
+	$(BIN)/python -m tests.bench.onnx
+	$(BIN)/python -m tests.bench.onnx_cuda --batch 1 --batch 8
 	$(BIN)/python -m tests.bench.multi
 
 lint: install

@@ -59,6 +59,7 @@ COMMANDS = {
     "resize": "convert",
     "delta": "delta",
     "inspect": "compose",
+    "run": "run",
     "sign": "provenance",
     "verify": "integrity",
     "jobs": "jobs",

@@ -364,6 +364,7 @@ def composition_block(result: CompositionInfo) -> str:
     facts = block(
         [
             ("composed", result.out if not result.cached else f"{result.out} (it was there already)"),
+            ("published", result.published),
             ("recipe", result.recipe_text),
             ("base", f"{base.get('ref', '-')} ({base.get('fingerprint', '-')})"),
             ("export", result.export),

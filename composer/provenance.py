@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from composer.errors import CorruptFileError
-from composer.files import read_json
+from composer.files import read_json, sha256_file
 from composer.kernels import Survival
 from composer.plan import Plan
 
-__all__ = ["composition_record", "installed_version", "manifest_digest", "read_record", "record_file", "sealed"]
+__all__ = [
+    "changed_outputs",
+    "composition_record",
+    "installed_version",
+    "manifest_digest",
+    "read_record",
+    "record_file",
+    "sealed",
+]
 
 SCHEMA = "composition/1"
 LOW_SURVIVAL = 0.5
@@ -55,6 +63,22 @@ def read_record(path: Path) -> dict[str, Any]:
             path=path,
         )
     return record
+
+
+def changed_outputs(folder: Path) -> list[str]:
+    """The files of a composed folder that are not as they were written, and composition.json if it is another."""
+    path = folder / "composition.json"
+    outputs = read_json(path).get("outputs", {})
+    changed = sorted(
+        name
+        for name, entry in outputs.items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != entry["sha256"]
+    )
+    try:
+        read_record(path)
+    except CorruptFileError:
+        changed.append(path.name)
+    return changed
 
 
 def composition_record(

@@ -228,13 +228,25 @@ class RemoteRegistry:
         allow_private: bool = False,
         progress: Progress | None = None,
     ) -> ImportInfo:
-        """Not over REST: what a service reaches in its network is not for a client to say."""
-        raise UsageError(
-            "an import runs where the registry lies",
-            expected="a registry on this machine",
-            found=self.url,
-            remedy=f"leave --url out, or push: hf download {ref.removeprefix('hf://')}, then 'registry publish'",
-        )
+        """A job on the service, from the hub that it knows and under its rules. An interrupt cancels it."""
+        words = {"name": name, "version": version, "base": base, "max_bytes": max_bytes, "allow_private": allow_private}
+        return self._wait(self.submit_import(ref, **words), ImportInfo, progress)[1]
+
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import."""
+        limit = None if max_bytes == DEFAULT_MAX_BYTES else max_bytes  # the service has its own
+        body = {"ref": ref, "name": name, "version": version, "base": base, "max_bytes": limit,
+                "allow_private": allow_private}  # fmt: skip
+        return self._read(self._send("POST", "/imports", json=body), JobInfo)
 
     def list_adapters(
         self,
@@ -352,20 +364,11 @@ class RemoteRegistry:
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """Run a job on the service and download what it made. An interrupt cancels the job.
-
-        Raises UsageError for a text to probe: jobs compose from recipes alone.
-        """
-        if probe is not None:
-            raise UsageError(
-                "a text is probed where the model is composed",
-                expected="a registry on this machine",
-                found=self.url,
-                remedy="leave --url out, or compose without --probe",
-            )
+        """Run a job on the service and download what it made. An interrupt cancels the job."""
         if pins:
             recipe = recipe.model_copy(update={"adapters": tuple(map(self._pin, recipe.adapters, pins))})
         out = out.expanduser().resolve()
@@ -376,8 +379,12 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
+            job, result = self._wait(
+                self.submit(recipe, accept_licences=accept_licences, probe=probe), CompositionInfo, progress
+            )
             files = _outputs(result)
+            if publish is not None:
+                result = result.model_copy(update={"published": self._publish_job(job.id, publish, progress)})
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
             sink = sink or stack.enter_context(FolderSink(out))
@@ -401,10 +408,22 @@ class RemoteRegistry:
                 return term
         return term.model_copy(update={"version": pin})
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose."""
         body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        if probe is not None:
+            body = {"recipe": body, "probe": probe}
         return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue the publication of a composition."""
+        body = {"name": refuse_path(name, "the name")}
+        return self._read(self._send("POST", f"/jobs/{_segment(job_id)}/publication", json=body), JobInfo)
+
+    def _publish_job(self, job_id: str, name: str, progress: Progress | None) -> str:
+        job = self.submit_publication(job_id, name)
+        found: BaseInfo | PublishResult = self._wait(job, (BaseInfo, PublishResult), progress)[1]
+        return found.name if isinstance(found, BaseInfo) else f"{found.version.name}@{found.version.version}"
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -548,7 +567,7 @@ class RemoteRegistry:
         answer = self._send("POST", "/store/checks", params={"repair": str(repair).lower()}, timeout=UPLOAD_TIMEOUT)
         return self._read(answer, StoreCheck)
 
-    def _wait(self, job: JobInfo, model: type[M], progress: Progress | None) -> tuple[JobInfo, M]:
+    def _wait(self, job: JobInfo, model: type[M] | tuple[type[M], ...], progress: Progress | None) -> tuple[JobInfo, M]:
         """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""
         path, wait = f"/jobs/{_segment(job.id)}", FIRST_POLL_S
         try:

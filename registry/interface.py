@@ -149,6 +149,19 @@ class Registry(Protocol):
         """
         ...
 
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import; one that breaks off goes on where it ended when it is taken up again."""
+        ...
+
     def list_adapters(
         self,
         *,
@@ -241,18 +254,24 @@ class Registry(Protocol):
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """Compose into the new folder `out`. `accept_licences`: even where they conflict.
 
-        probe: a text, whose perplexity before and after goes into the record. pins: the version or digest that each
-        adapter of the recipe means, whatever its name means by now.
+        probe: a text, whose perplexity before and after goes into the record. publish: the name of the base, or of the
+        adapter (export peft), that the result becomes. pins: the version or digest that each adapter of the recipe
+        means, whatever its name means by now.
         """
         ...
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
+        ...
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue that what a compose made becomes the base `name`, or the adapter (export peft)."""
         ...
 
     def list_jobs(

@@ -5,16 +5,18 @@ All are immutable pydantic models; times are UTC, sizes are bytes, digests carry
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from composer.recipe import Recipe
 from registry.access import Role, Scope
 
 __all__ = [
+    "SHOWS_PLACES",
     "Advice",
     "AuditEntry",
     "BaseCheck",
@@ -58,6 +60,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# Whether the paths of this machine go out: a request of somebody who is no admin turns that off for its answer.
+SHOWS_PLACES: ContextVar[bool] = ContextVar("shows_places", default=True)
 
 
 class Schema(BaseModel):
@@ -233,11 +237,16 @@ class BaseInfo(Schema):
     tensors: int
     nbytes: int
     license: str | None = None
-    location: str = Field(description="the folder it is read from, or 'store' when the registry keeps the bytes")
+    location: str = Field(description="the folder that it is read from; over REST empty for all but admins")
     parent: str | None = None
     relation: Relation | None = None
     created_at: datetime
     created: bool = Field(default=False, description="whether this call registered it")
+
+    @field_serializer("location")
+    def _place(self, location: str) -> str:
+        return location if SHOWS_PLACES.get() else ""
+
     warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
 
 
@@ -366,6 +375,7 @@ class CompositionInfo(Schema):
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
     screening: Screening | None = Field(default=None, description="of the sum of its adapters")
+    published: str | None = Field(default=None, description="the base or the adapter that it was published as")
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
 
@@ -433,11 +443,16 @@ class Verification(Schema):
     rebuilt: bool = Field(default=False, description="whether composing it again gave the same bytes")
 
 
+JobResult = CompositionInfo | ConversionInfo | DeltaInfo | ImportInfo | BaseInfo | BaseCheck | PublishResult
+
+
 class JobInfo(Schema):
     """A piece of work that runs in the background."""
 
     id: str
-    kind: str = Field(description="compose, base (fingerprint and register), verify, extract, resize, delta or restore")
+    kind: str = Field(
+        description="compose, publication, import, base (register), verify, extract, resize, delta or restore"
+    )
     title: str = Field(description="the recipe, or the names of what is read")
     state: JobState
     recipe: Recipe | None = None
@@ -447,7 +462,7 @@ class JobInfo(Schema):
     bytes_total: int = 0
     attempts: int = 0
     error: dict[str, Any] | None = None
-    result: CompositionInfo | ConversionInfo | DeltaInfo | BaseInfo | BaseCheck | PublishResult | None = None
+    result: JobResult | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

@@ -29,9 +29,10 @@ from composer.companions import companion_files
 from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.parts import remove_dead_parts
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
-from composer.probe import probe_digest
+from composer.probe import check_probe, probe_digest
 from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
@@ -63,7 +64,7 @@ from registry.schemas import (
 from registry.screening import alarms, judge
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
-from registry.services.lifecycle import refuse_quarantined
+from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
 from registry.services.screening import others, population
@@ -285,13 +286,16 @@ class Compositions:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
         return self._describe(self.resolve(recipe))
 
-    def prepare(self, recipe: Recipe, accept_licences: bool = False) -> Prepared:
+    def prepare(self, recipe: Recipe, accept_licences: bool = False, text: str | None = None) -> Prepared:
         """The plan of a composition that is to run later. Raises what compose would."""
         resolved = self.resolve(recipe)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
-        return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
+        if text is not None:
+            check_probe(self._plan(resolved))
+        key = _probed(resolved.key, text)
+        return Prepared(self._describe(resolved), key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
         recipe, asked = resolved.recipe, self._plan(resolved)
@@ -362,12 +366,12 @@ class Compositions:
         _require_licences(resolved, accept_licences)
         screened = self._screen(resolved, plan)
         beside = [*resolved.advice, *screened.alarms]
-        key = resolved.key
-        if text is not None:
-            key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+        key = _probed(resolved.key, text)
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
-            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
+            # A process that was killed may have got no further than the files.
+            remove_dead_parts(out)
+            self._record(resolved, key, earlier)
             return _info(recipe, out, earlier, beside, screened.whole, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
@@ -428,6 +432,7 @@ class Compositions:
             else:
                 row = find_base(session, ref)
             if row is not None:
+                refuse_tainted(session, row)
                 facts = base_facts(session, row)
                 files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
                 checkpoint = open_checkpoint(unchanged_files(row, files))
@@ -537,6 +542,11 @@ def _require_licences(resolved: Resolved, accepted: bool) -> None:
             remedy="ask who publishes them for other terms, or go on with --accept-licences",
             verdict=verdict.model_dump(mode="json"),
         )
+
+
+def _probed(key: str, text: str | None) -> str:
+    """The key of a composition that is measured on a text."""
+    return key if text is None else hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
 
 
 def _earlier(out: Path, key: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,10 @@ class Publishing:
         relation: Relation | None,
         license: str | None,
         progress: Progress | None,
+        *,
+        made_of: Sequence[str] | None = None,
     ) -> BaseInfo:
-        """Fingerprint a checkpoint and register it where it lies.
+        """Fingerprint a checkpoint and register it where it lies. `made_of`: digests of adapters merged into it.
 
         The same weights again are a no-op, or move the base to `folder` where its old files are gone.
 
@@ -123,7 +125,7 @@ class Publishing:
         fingerprint = fingerprint_checkpoint(
             checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
         )
-        return self._register(folder, name, checkpoint, fingerprint, parent, relation, license)
+        return self._register(folder, name, checkpoint, fingerprint, parent, relation, license, made_of=made_of)
 
     def _register(
         self,
@@ -136,6 +138,7 @@ class Publishing:
         license: str | None,
         *,
         moves: bool = False,
+        made_of: Sequence[str] | None = None,
     ) -> BaseInfo:
         """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
         kept, unsafe = split_unsafe(checkpoint.files)
@@ -165,6 +168,7 @@ class Publishing:
                 return base_info(same, len(same.tensors)).model_copy(update={"warnings": warnings})
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
+            row.made_of = list(made_of) if made_of is not None else row.made_of
             row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
             row.files = (
                 [

@@ -28,7 +28,8 @@ INTRODUCTION = """\
 published. The graph is traced once per configuration, without weights, and kept under `REGISTRY_HOME/graphs`; after
 that, an export binds it to the new weights in milliseconds and spends its time on the verification.
 
-- **Portable** is the flavour: standard operators, a KV cache, dynamic batch and sequence, padding on the left for models
+- **Portable** is the flavour of this table ([the flavour genai, arithmetic in float16 and bfloat16, and quantised
+  matrices](onnx-variants.md) are made of the same graphs): standard operators, a KV cache, dynamic batch and sequence, padding on the left for models
   that generate and on the right for encoders. `position_ids` is an input where the model takes positions at all;
   Bloom computes them from the mask.
 - **Dtypes** are those that weights are stored in. Inputs, outputs and arithmetic are float32 for all of them: bfloat16

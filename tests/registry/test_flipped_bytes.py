@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +20,10 @@ from registry.services.jobs import JobService
 from registry.services.local import LocalRegistry, open_registry
 from registry.store.chunks import CHUNK, ChunkHasher
 from registry.undo import undo
-from tests.support import write_base, write_lora
+from tests.support import flip, write_base, write_lora
 
 ROWS, COLUMNS, RANK = 1024, 768, 384
 WEIGHTS = "adapter_model.safetensors"
-
-
-def flip(path: Path, at: int) -> None:
-    """Change one bit, and put the times back, as a disk does that loses one."""
-    stat = path.stat()
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(at)
-        (byte,) = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -319,6 +320,18 @@ def test_a_pushed_adapter_passes_the_same_gate(
     assert answer.status_code in (403, 422), answer.text
     assert shared.list_adapters().items == ()
     assert shared.repositories.snapshot("team/pushed").files == {}
+
+
+def test_an_import_fetches_nothing_that_is_never_kept() -> None:
+    """A hub says what it has; programs and archives under the names of cards are not even asked for, and are told."""
+    from registry.services.importing import _describe, hub_reference
+
+    names = ("adapter_model.safetensors", "adapter_config.json", "README.md", "README.zip", "LICENSE.py", *UNSAFE)
+    siblings = [SimpleNamespace(rfilename=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
+    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings, sha="1" * 40))
+    _, chosen, (told,) = _describe(api, hub_reference("hf://org/x"), 1 << 20)
+    assert {file.name for file in chosen} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert "left out" in told
 
 
 def test_a_header_of_many_lists_is_refused_before_it_is_parsed(tmp_path: Path) -> None:

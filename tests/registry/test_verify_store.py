@@ -27,8 +27,7 @@ from registry.services.local import LocalRegistry
 from registry.store.chunks import CHUNK
 from registry.store.shards import Segment, ShardFile, assemble, release
 from registry.store.xorbs import LEAF_KEY, XorbStore, hash_text, xorb_hash
-from tests.registry.test_flipped_bytes import flip
-from tests.support import write_base, write_lora
+from tests.support import flip, write_base, write_lora
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -8,13 +8,17 @@ The torch model comes from `from_pretrained`, which finds the weights by its own
 Bottlenecks are hooked into it by composer.runtime, and virtual tokens put before its input by `live`; neither shares
 anything with the nodes that the graph has for them.
 Only positions that are not padding are compared.
+
+Some inputs are ill-conditioned: an untrained prefix moves SmolLM2's logits by 2e-3 when torch itself computes the same
+in float64. What exceeds the tolerance is therefore computed once more in float64, and torch's own rounding measured.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +32,19 @@ from composer.exporters.onnx.skeleton import quiet
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["RELATIVE_TOLERANCE", "SMALLEST_TOLERANCE", "Verification", "prompt_rows", "verify"]
+__all__ = [
+    "NEW_TOKENS",
+    "PROMPTS",
+    "RELATIVE_TOLERANCE",
+    "SMALLEST_TOLERANCE",
+    "TOKENIZER_FILES",
+    "Verification",
+    "live_model",
+    "pad",
+    "prompt_rows",
+    "prompts",
+    "verify",
+]
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest difference allowed, as a share of the largest value the torch model gives on the same prompts.
@@ -37,6 +53,15 @@ Both sides compute in float32 whatever the weights are stored in (widening bfloa
 serves all dtypes; only the order of summation differs. Measured, as
 that share: 3e-6 for SmolLM2-135M in bfloat16 (1.3e-4 of 39), 6e-7 for MiniLM, up to 2e-6 for tiny random models.
 """
+ROUNDING = 8
+"""Largest difference allowed, as a multiple of torch's own distance in float32 from the same model in float64.
+
+Two sums of the same terms in different order are each about that far from the exact one; a graph that is wrong is off
+by the size of the logits. Measured with ten untrained prefixes on SmolLM2: at most 3 times.
+"""
+DRAWS = 5
+LARGEST_TOLERANCE = 5e-3
+"""What `ROUNDING` may allow at most, as a share of the largest value: beyond it, nothing shows a graph to be right."""
 SMALLEST_TOLERANCE = 1e-5
 """Floor for models whose outputs are all near zero, where float32 rounding inside the model decides."""
 
@@ -54,11 +79,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared: the largest difference, what was allowed, and one entry for each check."""
+    """What was compared: the largest difference, what was allowed, and one entry for each check.
+
+    agreement, kl_divergence: of a graph that rounds: the share of positions at which the largest value is torch's, and
+        the mean divergence of its distributions from torch's, in nats.
+    """
 
     max_abs_diff: float
     tolerance: float
     checks: tuple[dict[str, Any], ...]
+    agreement: float | None = None
+    kl_divergence: float | None = None
 
     def joined(self, other: Verification) -> Verification:
         """Both as one; each has passed by its own tolerance."""
@@ -73,17 +104,21 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
     not a number, or leads greedy decoding to another token.
     """
     with quiet():
-        checks, largest, scale = _run_checks(folder, model_path, architecture)
-    tolerance = max(SMALLEST_TOLERANCE, RELATIVE_TOLERANCE * scale)
-    failed = [
-        check["check"]
-        for check in checks
-        # Written so that NaN fails. Another token is fine only where torch itself is undecided.
-        if not (check["max_abs_diff"] <= tolerance and check.get("greedy_gap", 0.0) <= 2 * tolerance)
-    ]
+        compared, live = _run_checks(folder, model_path, architecture)
+        scale = max((item.scale for item in compared if math.isfinite(item.scale)), default=0.0)
+        tolerance = max(SMALLEST_TOLERANCE, RELATIVE_TOLERANCE * scale)
+        failed = [item for item in compared if not item.within(tolerance)]
+        if failed:
+            _measure_rounding(failed, live)
+            rounding = max((item.facts["float32_rounding"] for item in failed), default=0.0)
+            tolerance = max(tolerance, min(ROUNDING * rounding, LARGEST_TOLERANCE * scale))
+            failed = [item for item in failed if not item.within(tolerance)]
+    checks = [item.facts for item in compared]
+    largest = _largest(check["max_abs_diff"] for check in checks)
     if failed:
         raise OnnxVerificationError(
-            f"onnx: the exported graph differs from the torch model by {largest:.3g} in: {', '.join(failed)}",
+            f"onnx: the exported graph differs from the torch model by {largest:.3g} in: "
+            f"{', '.join(item.facts['check'] for item in failed)}",
             expected=f"at most {tolerance:.3g}",
             found=largest,
             remedy="export safetensors instead; the weights themselves are not concerned",
@@ -94,23 +129,45 @@ def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verifi
     return Verification(largest, tolerance, tuple(checks))
 
 
-def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[dict], float, float]:
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """One check: its facts for the record, the largest value expected, and how to ask torch for the same again.
+
+    again: gives the values float [positions, …] without the padding, of the model that it is handed.
+    """
+
+    facts: dict[str, Any]
+    scale: float
+    expected: np.ndarray
+    again: Callable[[LiveModel], np.ndarray]
+
+    def within(self, tolerance: float) -> bool:
+        """True when no value is further off, nor a number that is none; another token only where torch is undecided."""
+        return self.facts["max_abs_diff"] <= tolerance and self.facts.get("greedy_gap", 0.0) <= 2 * tolerance
+
+
+def _measure_rounding(doubtful: list[_Compared], live: LiveModel) -> None:
+    """Add to each check how far torch in float32 is from the same module in float64, to which `live` is turned.
+
+    The largest of `DRAWS` passes, between which the embeddings are rounded differently: where a position is
+    ill-conditioned one pass may come out close by chance.
+    """
     import numpy as np
-    import torch
-    import transformers
 
-    cls = getattr(transformers, architecture.name)
-    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-    if (folder / BUNDLE).is_file():
-        from composer.runtime.bottlenecks import attach
+    found = []
+    for seed in range(DRAWS):
+        with live.rounded(seed):
+            found.append([item.again(live) for item in doubtful])
+    live.double()
+    for item, passes in zip(doubtful, zip(*found, strict=True), strict=True):
+        exact = item.again(live)
+        item.facts["float32_rounding"] = float(np.max([np.abs(one - exact).max() for one in passes]))
 
-        attach(module, folder)
-    live = LiveModel(module, folder, architecture)
+
+def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[_Compared], LiveModel]:
+    live = live_model(folder, architecture)
     session = open_session(model_path)
-    longest = _longest(module.config) - live.tokens
-    tokenizer = _tokenizer(folder)
-    texts = _text_prompts(tokenizer, module.config, longest)
-    randoms = _random_prompts(tokenizer, module.config, longest)
+    texts, randoms = prompts(folder, live)
     run = _check_causal if architecture.is_causal else _check_encoder
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
@@ -121,32 +178,51 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     batches.append(("random ids, padded batch", randoms, {}))
     if architecture.is_causal:
         batches.append(("random ids, prefill in two parts", randoms, {"parts": 2}))
-    checks, largest, scale = [], 0.0, 0.0
+    compared = []
     for name, rows, options in batches:
         try:
-            check, absmax = run(session, live, architecture, rows, **options)
+            item = run(session, live, architecture, rows, **options)
         except Exception as error:
             raise OnnxVerificationError(
                 f"onnx: {name}: the exported graph cannot be compared: {type(error).__name__}: {error}",
                 expected="a pass of torch and one of ONNX Runtime over the same ids",
                 found=type(error).__name__,
                 remedy="export safetensors instead, or report the configuration that failed",
-                checks=checks,
+                checks=[item.facts for item in compared],
             ) from error
-        checks.append({"check": name, "rows": len(rows), **check})
-        # np.maximum, unlike max, keeps NaN.
-        largest, scale = (float(np.maximum(largest, check["max_abs_diff"])), max(scale, absmax))
-    return checks, largest, scale if math.isfinite(scale) else 0.0
+        compared.append(replace(item, facts={"check": name, "rows": len(rows), **item.facts}))
+    return compared, live
+
+
+def live_model(folder: Path, architecture: Architecture) -> LiveModel:
+    """The torch model in `folder`, in float32, with what lies beside its weights."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture.name)
+    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    if (folder / BUNDLE).is_file():
+        from composer.runtime.bottlenecks import attach
+
+        attach(module, folder)
+    return LiveModel(module, folder, architecture.output)
+
+
+def prompts(folder: Path, live: LiveModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of texts, none where the folder has no tokenizer, and random ones."""
+    longest = _longest(live.config) - live.tokens
+    tokenizer = _tokenizer(folder)
+    return _text_prompts(tokenizer, live.config, longest), _random_prompts(tokenizer, live.config, longest)
 
 
 def _check_causal(
     session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]], parts: int = 1
-) -> tuple[dict[str, Any], float]:
+) -> _Compared:
     """Prefill and decode NEW_TOKENS greedily in ONNX Runtime; compare every logit with one torch pass."""
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, live.config, left=True)
+    ids, mask = pad(rows, live.config, left=True)
     length = ids.shape[1]
     past, logits = None, []
     bounds = [length * part // parts for part in range(parts + 1)]
@@ -165,15 +241,19 @@ def _check_causal(
     inputs: dict[str, Any] = {"use_cache": False}
     if "position_ids" in architecture.inputs:
         inputs["position_ids"] = torch.from_numpy(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
-    with torch.no_grad():
-        expected = live(torch.from_numpy(ids), torch.from_numpy(mask), **inputs)["logits"].numpy()
+
+    def whole(model: LiveModel) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(ids), torch.from_numpy(mask), **inputs)["logits"].numpy()
+
+    expected = whole(live)
     tokens = np.concatenate([ids[:, length:], token], axis=1)
     # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
     deciding = expected[:, length - 1 :]
     gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
-    difference, absmax = _difference(got, expected, mask)
-    check = {
-        "max_abs_diff": difference,
+    kept = mask.astype(bool)
+    facts = {
+        "max_abs_diff": _difference(got, expected, kept),
         "prefill": [len(row) for row in rows],
         "padding": "left" if int(mask.min()) == 0 else "none",
         "decoded": NEW_TOKENS,
@@ -181,16 +261,14 @@ def _check_causal(
         "greedy_gap": float(gap.max()),
         "tokens": tokens[0].tolist(),
     }
-    return check, absmax
+    return _Compared(facts, float(np.abs(expected[kept]).max()), expected[kept], lambda model: whole(model)[kept])
 
 
-def _check_encoder(
-    session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]]
-) -> tuple[dict[str, Any], float]:
+def _check_encoder(session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]]) -> _Compared:
     import numpy as np
     import torch
 
-    ids, mask = _pad(rows, live.config, left=False)
+    ids, mask = pad(rows, live.config, left=False)
     feeds = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in architecture.inputs:
         # The second half of each row as a second segment, so that both kinds of row are read.
@@ -198,26 +276,35 @@ def _check_encoder(
         feeds["token_type_ids"] = (np.cumsum(np.ones_like(ids), axis=1) > ids.shape[1] // 2).astype(np.int64)
         feeds["token_type_ids"] *= int(kinds > 1)
     got = session.run([architecture.output], feeds)[0]
-    with torch.no_grad():
-        expected = live(**{name: torch.from_numpy(value) for name, value in feeds.items()})
-    expected = expected[architecture.output].numpy()
-    difference, absmax = _difference(got, expected, mask if got.ndim == 3 else None)
-    padding = "right" if int(mask.min()) == 0 else "none"
-    return {"max_abs_diff": difference, "tokens": [len(row) for row in rows], "padding": padding}, absmax
+
+    def whole(model: LiveModel) -> np.ndarray:
+        with torch.no_grad():
+            found = model(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        return found[architecture.output].numpy()
+
+    expected = whole(live)
+    kept = mask.astype(bool) if got.ndim == 3 else np.ones(len(got), bool)
+    facts = {
+        "max_abs_diff": _difference(got, expected, kept),
+        "tokens": [len(row) for row in rows],
+        "padding": "right" if int(mask.min()) == 0 else "none",
+    }
+    return _Compared(facts, float(np.abs(expected[kept]).max()), expected[kept], lambda model: whole(model)[kept])
 
 
-def _difference(got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None) -> tuple[float, float]:
-    """The largest difference outside the padding, and the largest value expected there."""
+def _difference(got: np.ndarray, expected: np.ndarray, kept: np.ndarray) -> float:
+    """The largest difference where `kept`, bool of the leading axes, is true; NaN where there is one."""
     import numpy as np
 
-    if got.shape != expected.shape:
-        return math.inf, 0.0
-    if mask is not None:
-        got, expected = got[mask.astype(bool)], expected[mask.astype(bool)]
-    return float(np.abs(got - expected).max()), float(np.abs(expected).max())
+    return float(np.abs(got[kept] - expected[kept]).max()) if got.shape == expected.shape else math.inf
 
 
-def _pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+def _largest(values: Iterable[float]) -> float:
+    """Their largest; NaN where there is one."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
+def pad(rows: list[list[int]], config: Any, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """int64 ids and mask [batch, longest row]."""
     import numpy as np
 
