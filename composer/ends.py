@@ -3,6 +3,7 @@
     tied(checkpoint)                whether they are
     with_tied_head(shapes, …)       shapes that an adapter may bind to: the stored ones, and a tied head under its name
     keep_tied(label, deltas, …)     the deltas of one adapter, checked against the tie
+    keep_shared(label, deltas, …)   the same where the ends are two, and one embedding serves encoder and decoder
     untie(ends, changes, …)         the head as a tensor of its own, where an adapter changes one end and not the other
 
 PEFT's own merge of an adapter on one end changes both; its live forward, which the training saw, changes that one.
@@ -22,10 +23,23 @@ from composer.errors import IncompatibleError, TiedWeightsError
 if TYPE_CHECKING:
     from composer.plan import WeightedDelta
 
-__all__ = ["Ends", "is_end", "keep_tied", "refuse_tied", "tied", "tied_ends", "untie", "with_tied_head"]
+__all__ = [
+    "Ends",
+    "is_end",
+    "is_shared",
+    "keep_shared",
+    "keep_tied",
+    "refuse_tied",
+    "tied",
+    "tied_ends",
+    "untie",
+    "with_tied_head",
+]
 
 DECODERS = ("LMHeadModel", "ForCausalLM")
 GENERATING = (*DECODERS, "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
+OWN_HEADS = ("mt5", "umt5")  # transformers 5 calls them tied in every config; a head that is stored is its own
+SHARED = "shared.weight"
 HEADS = {"embed_in.weight": "embed_out.weight"}  # GPT-NeoX; all other decoders call it lm_head
 
 
@@ -48,10 +62,13 @@ def tied(checkpoint: Checkpoint) -> bool:
     A stored head that the config does not tie is its own tensor; without one, a language model can only be tied.
     An encoder without any head is not tied to anything. A config that does not say counts as tied: that was the
     default of transformers before 5, and a refusal harms less than a head that is overwritten on loading.
+    transformers 5 writes of every T5 that it is tied. One with a head of its own does not scale its output.
     """
     if not any(name.endswith(OUTPUT_EMBEDDINGS) for name in checkpoint.tensors):
         return checkpoint.architecture.endswith(GENERATING)
     config = checkpoint.config
+    if config.get("model_type") in OWN_HEADS or config.get("scale_decoder_outputs") is False:
+        return False
     nested = config.get("text_config")
     inner = nested.get("tie_word_embeddings", True) if isinstance(nested, dict) else True
     return bool(config.get("tie_word_embeddings", inner))
@@ -95,6 +112,30 @@ def keep_tied(label: str, deltas: Sequence[Delta], ends: Ends | None, *, allowed
         if is_end(delta.target) and not _shares_ends(delta) and not (allowed and ends):
             raise refuse_tied(label, delta.target, ends)
     return kept
+
+
+def keep_shared(label: str, deltas: Sequence[Delta], checkpoint: Checkpoint) -> list[Delta]:
+    """The deltas of one adapter for a base whose ends are two tensors.
+
+    Raises TiedWeightsError for a change of the embedding that encoder and decoder share, unless a full fine-tune makes
+    it: which of its modules an adapter on one of them reaches is not the same in transformers 4 and 5.
+    """
+    for delta in deltas:
+        reaches = isinstance(delta, TokenRows) or not _shares_ends(delta)
+        if reaches and is_shared(delta.target, checkpoint):
+            raise TiedWeightsError(
+                f"{label} changes {delta.target}, which this base shares between encoder and decoder",
+                expected="an adapter that does not touch the shared embedding",
+                found=delta.target,
+                remedy="train the adapter without that module, or publish the whole fine-tune as a delta",
+                keys=[delta.target],
+            )
+    return list(deltas)
+
+
+def is_shared(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor is the embedding that encoder and decoder share, under any of its names."""
+    return name.endswith(INPUT_EMBEDDINGS) and any(stored.endswith(SHARED) for stored in checkpoint.tensors)
 
 
 def _fold(deltas: Sequence[Delta], ends: Ends) -> list[Delta]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from composer.adapters import CONFIG, WEIGHTS
 from composer.checkpoint import Checkpoint
-from composer.ends import is_end, tied
+from composer.ends import is_end, is_shared, tied
 from composer.errors import IncompatibleError, NonFiniteError, TargetMismatchError, UsageError
 from composer.factors import leading
 from composer.peft_format import FACTOR_NAMES, PREFIX, lora_config, model_card, share, write_json, write_tensors
@@ -183,9 +183,9 @@ class _Run:
                 yield f"{PREFIX}{module}.base_layer.{name.rpartition('.')[2]}", self._read(self.finetune, name)
 
     def _refuse_tied(self, name: str) -> None:
-        if is_end(name) and tied(self.base):
+        if is_shared(name, self.base) or (is_end(name) and tied(self.base)):
             raise IncompatibleError(
-                f"{name} differs, and this base shares it between embedding and output head",
+                f"{name} differs, and this base shares it between embedding and output head, or encoder and decoder",
                 expected="a fine-tune that leaves the tied embedding alone, or a base that is not tied",
                 found=name,
                 remedy="give --ignore-rest to leave it out, or untie both checkpoints first",

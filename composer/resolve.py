@@ -15,7 +15,7 @@ from composer.deltas import Delta, Replace
 from composer.deltas_experts import ExpertLowRank
 from composer.deltas_residual import Residual
 from composer.deltas_rows import TokenRows
-from composer.ends import Ends, is_end, keep_tied, refuse_tied, tied
+from composer.ends import Ends, is_end, keep_shared, keep_tied, refuse_tied, tied
 from composer.errors import IncompatibleError, TargetMismatchError, UnsupportedAdapterError
 from composer.experts import ExpertStack, expert_stacks
 from composer.missing import missing_modules
@@ -92,7 +92,9 @@ def resolve(term: Term, checkpoint: Checkpoint, ends: Ends | None, *, untie: boo
         _check_layout(term.label, delta, shapes[delta.target], checkpoint)
         if isinstance(delta, TokenRows) or (isinstance(delta, Replace) and not is_end(delta.target)):
             delta.check(shapes[delta.target])
-    return keep_tied(term.label, deltas, ends, allowed=untie) if tied(checkpoint) else deltas
+    if not tied(checkpoint):
+        return keep_shared(term.label, deltas, checkpoint)
+    return keep_tied(term.label, deltas, ends, allowed=untie)
 
 
 def _on_stored(

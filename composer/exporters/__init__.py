@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from composer.additions import Prefix, SoftPrompt
 from composer.apart import check_placement, keep_apart
 from composer.checkpoint import Checkpoint
-from composer.errors import RecipeError, UnsupportedAdapterError
+from composer.errors import RecipeError, UnsupportedAdapterError, UnsupportedArchitectureError
 from composer.exporters.bundle import BundleExporter
 from composer.exporters.companions import companion_files, write_companions
 from composer.exporters.peft import PeftExporter
@@ -77,11 +77,21 @@ class OnnxExporter:
 
     def prepare(self, plan: Plan) -> Plan:
         """Raise UnsupportedArchitectureError (a model that is not traced) or UnsupportedAdapterError (an addition)."""
+        from composer.exporters.onnx import ARCHITECTURES
+
         self.check(plan.checkpoint)
         _check_variant(plan)
-        if plan.recipe.placement is not Placement.MERGED:
-            return keep_apart(plan)
         architecture = plan.checkpoint.architecture
+        if plan.recipe.placement is not Placement.MERGED:
+            if ARCHITECTURES[architecture].is_seq2seq:
+                raise UnsupportedArchitectureError(
+                    f"onnx: {architecture}: adapters are kept apart in one graph, and an encoder-decoder has two",
+                    expected="a model of one graph",
+                    found=architecture,
+                    remedy="merge the adapters",
+                    architecture=architecture,
+                )
+            return keep_apart(plan)
         takes_prefix = architecture.endswith(GENERATES) or architecture.startswith(PREFIX_ENCODERS)
         for item in plan.additions:
             if item.addition.family == Prefix.family and not takes_prefix:
@@ -110,7 +120,7 @@ class OnnxExporter:
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Write model.onnx, whose additions lie beside the weights, and compare it with torch."""
+        """Write the graph, or two, whose additions lie beside the weights, and compare with torch."""
         from composer.exporters.onnx import export_onnx
         from composer.exporters.onnx.apart import kept_apart
 

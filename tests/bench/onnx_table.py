@@ -34,6 +34,10 @@ that, an export binds it to the new weights in milliseconds and spends its time 
   Bloom computes them from the mask.
 - **Dtypes** are those that weights are stored in. Inputs, outputs and arithmetic are float32 for all of them: bfloat16
   and float16 weights lie in the safetensors file as they are and are cast inside the graph, which is exact.
+- **Encoder-decoders** become two graphs over the same safetensors file. `encoder_model.onnx` gives the hidden states and
+  the keys and values of every cross-attention, `present.N.encoder.key|value`; `decoder_with_past_model.onnx` takes them
+  as `past_key_values.N.encoder.key|value` at each step, beside its own cache, which is empty at first. The names are
+  optimum's. `composer.exporters.onnx.seq2seq_session` runs the pair; both are verified together.
 - **Mixtures of experts** keep each expert's weights where the checkpoint has them, and only the rows that the router
   sends to an expert are multiplied by its weights.
 
@@ -41,14 +45,15 @@ that, an export binds it to the new weights in milliseconds and spends its time 
 
 An architecture that is not in the table; models with code of their own (`auto_map`); quantised weights (compose from
 the base they were made of); rotary embeddings that depend on the length of the sequence (`dynamic`, `longrope`);
-decoders with cross-attention, and encoders that are configured as decoders; experts with another activation than SiLU.
+other decoders with cross-attention than those of the table, and encoders that are configured as decoders; experts with
+another activation than SiLU; an encoder-decoder whose adapters are to be kept apart.
 Weights that do not fit the graph are refused when they are bound, by the names of their tensors.
 
 ## Measured
 
 Written by `python -m tests.bench.onnx_table`. Tiny random models (hidden size 32, one or two layers) on
 ONNX Runtime's CPU provider: the largest difference from torch in float32 over one prompt, a padded batch and, for models
-that generate, a prefill in two parts and 8 tokens decoded with the cache. *Allowed* is what the export accepts, 2e-5 of
+that generate, a prefill in two parts (of encoder-decoders: of several tokens) and 8 tokens decoded with the cache. *Allowed* is what the export accepts, 2e-5 of
 the largest value that torch gives. CUDA: not measured, no device was at hand.
 """
 
@@ -71,13 +76,18 @@ def measure(name: str) -> list[str]:
     """The row of an architecture: one export for each dtype and flavour, which share graphs."""
     import torch
 
-    from composer.exporters.onnx import export_onnx
+    from composer.exporters.onnx import ARCHITECTURES, export_onnx
+    from tests.composer import seq2seq
     from tests.composer.exporters.test_onnx import save_tiny, tiny_names
 
     cells = []
     with tempfile.TemporaryDirectory() as scratch:
         for _, dtype in VARIANTS.values():
-            folder = save_tiny(tiny_names()[name], getattr(torch, dtype), Path(scratch) / dtype)
+            folder = Path(scratch) / dtype
+            if ARCHITECTURES[name].is_seq2seq:
+                seq2seq.build(seq2seq.tiny_names()[name]).to(getattr(torch, dtype)).save_pretrained(folder)
+            else:
+                save_tiny(tiny_names()[name], getattr(torch, dtype), folder)
             result = export_onnx(folder, cache_dir=Path(scratch) / "graphs")
             cells.append(f"{result.max_abs_diff:.1e}")
     return [name, result.task, str(result.opset), *cells, f"{result.tolerance:.0e}"]

@@ -19,6 +19,7 @@
                                      │
                       model.onnx ◄───┴───► deleted, OnnxVerificationError
 
+An encoder-decoder becomes two files in the same way, each a graph of its own: see `seq2seq`.
 A folder's `model.onnx` has no weights of its own: it belongs to the safetensors files beside it and moves with them.
 Weights keep their dtype; inputs, outputs and arithmetic are float32 (see `bind`), unless a variant is asked for.
 `session` opens and runs the result.
@@ -32,13 +33,13 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.bottlenecks import BUNDLE
 from composer.errors import NotFoundError
-from composer.exporters.onnx import bind, graph_cache, trace, verify
+from composer.exporters.onnx import bind, graph_cache, seq2seq, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.bottlenecks import insert_bottlenecks
 from composer.exporters.onnx.genai import require_genai
@@ -77,7 +78,7 @@ class OnnxExport:
     weight_dtype: the dtype that most weights are stored in; compute_dtype: the dtype of inputs, outputs, arithmetic.
     agreement, kl_divergence: of a variant that rounds, see Verification; quantised: what its matrices became.
     compared_in: another dtype that the graph was compared in, where the CPU cannot compute in its own.
-    graph_digest: what the graph was made from; equal digests share one cached graph. graph_cached: it was not traced.
+    graph_digest: what the graphs were made from; equal digests share cached graphs. graph_cached: none was traced.
     max_abs_diff, tolerance: over all `checks`; each check also names its prompts, padding, tokens and own difference.
     seconds: trace, bind, verify.
     """
@@ -121,15 +122,16 @@ def export_onnx(
     variant: Variant = PLAIN,
     apart: KeptApart | None = None,
 ) -> OnnxExport:
-    """Write `model.onnx` into a complete checkpoint folder, pointing into its safetensors files, and verify it.
+    """Write `model.onnx`, or the two files of an encoder-decoder, into a complete checkpoint folder, and verify them.
 
+    Their weights stay in the folder's safetensors files.
     folder: config.json and model.safetensors, or shards with model.safetensors.index.json; a tokenizer is used to
         make prompts when there is one. Weights are float32, float16 or bfloat16.
     cache_dir: where weightless graphs are kept between exports; None traces anew each time.
     variant: what is made of the graph; see `variants` and `vary`.
     apart: adapters for the graph; without any of them active it is compared as one that has none.
-    Only a verified file gets the name model.onnx. When verification fails, an older model.onnx is deleted as well:
-    it points into the same weights.
+    Only verified files get these names. When verification fails, older files of the names are deleted as well: they
+    point into the same weights.
     Raises, before anything is written: NotFoundError, UnsupportedArchitectureError, MissingDependencyError.
     Raises OnnxExportError when tracing or binding fails, OnnxVerificationError when the results differ.
     """
@@ -148,36 +150,34 @@ def export_onnx(
         require_genai()
     bind.stored_tensors(folder)
 
+    row = architecture
+    graphs = {MODEL_FILE: row}
+    if row.is_seq2seq:
+        row = replace(row, own_head=bind.own_head(folder))
+        graphs = seq2seq.parts(row)
     clock = [time.perf_counter()]
-    digest = graph_cache.digest_of(config, architecture)
-    graph, cached = _graph(folder, architecture, digest, cache_dir, say)
+    traced = {}
+    for file, part in graphs.items():
+        digest = graph_cache.digest_of(config, part)
+        graph, cached = _graph(folder, part, digest, cache_dir, say)
+        graph.metadata_props.add(key="composer.graph_digest", value=digest)
+        traced[file] = graph, cached
     clock.append(time.perf_counter())
-    bound = bind.bind(graph, folder)
-    if (folder / BUNDLE).is_file():
-        insert_bottlenecks(bound.model, folder)
-    insert_virtual_tokens(bound.model, folder, config, architecture)
-    if apart is not None:
-        apart.insert(bound.model)
-    graph.metadata_props.add(key="composer.graph_digest", value=digest)
+    models = {}
+    for file, part in graphs.items():
+        bound = bind.bind(traced[file][0], folder)
+        if (folder / BUNDLE).is_file():
+            insert_bottlenecks(bound.model, folder, half=row.is_seq2seq)
+        insert_virtual_tokens(bound.model, folder, config, part)
+        if apart is not None:
+            apart.insert(bound.model)
+        models[file] = bound.model
+    files = tuple(graphs)
     if variant == PLAIN:
-        aside = write_aside(folder, bound.model)
-        clock.append(time.perf_counter())
-        files: tuple[str, ...] = (MODEL_FILE,)
-        try:
-            say(f"verify {architecture.name} in ONNX Runtime against torch")
-            result = verify.verify(folder, aside, architecture)
-            if apart is not None:
-                result = result.joined(apart.verify(aside, architecture, say))
-            os.replace(aside, folder / MODEL_FILE)
-        except Exception:
-            (folder / MODEL_FILE).unlink(missing_ok=True)
-            raise
-        finally:
-            aside.unlink(missing_ok=True)
-        fsync_folder(folder)
+        result = _publish(models, folder, architecture, apart, say, clock)
     else:
         clock.append(time.perf_counter())
-        files, result = publish_variant(bound.model, folder, MODEL_FILE, config, architecture, variant, say)
+        files, result = publish_variant(models[MODEL_FILE], folder, MODEL_FILE, config, architecture, variant, say)
     clock.append(time.perf_counter())
     return OnnxExport(
         files=files,
@@ -187,8 +187,8 @@ def export_onnx(
         opset=architecture.opset,
         weight_dtype=bound.weight_dtype,
         compute_dtype=variant.compute,
-        graph_digest=digest,
-        graph_cached=cached,
+        graph_digest=graph_cache.digest_of(config, row),
+        graph_cached=all(cached for _, cached in traced.values()),
         max_abs_diff=result.max_abs_diff,
         tolerance=result.tolerance,
         checks=result.checks,
@@ -233,9 +233,41 @@ def _graph(
     return graph, False
 
 
-def write_aside(folder: Path, model: onnx.ModelProto) -> Path:
+def _publish(
+    models: dict[str, onnx.ModelProto],
+    folder: Path,
+    architecture: Architecture,
+    apart: KeptApart | None,
+    say: Callable[[str], None],
+    clock: list[float],
+) -> verify.Verification:
+    """Write the graphs aside, verify them together, and give them their names, or delete older ones of these."""
+    asides: dict[str, Path] = {}
+    try:
+        for file, model in models.items():
+            asides[file] = write_aside(folder, model, file)
+        clock.append(time.perf_counter())
+        say(f"verify {architecture.name} in ONNX Runtime against torch")
+        try:
+            result = verify.verify(folder, list(asides.values()), architecture)
+            if apart is not None:
+                result = result.joined(apart.verify(asides[MODEL_FILE], architecture, say))
+            for file, aside in asides.items():
+                os.replace(aside, folder / file)
+        except Exception:
+            for file in models:
+                (folder / file).unlink(missing_ok=True)
+            raise
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
+    fsync_folder(folder)
+    return result
+
+
+def write_aside(folder: Path, model: onnx.ModelProto, name: str = MODEL_FILE) -> Path:
     """The model under a name of its own in `folder`, where ONNX Runtime finds the weights; on disk when returned."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MODEL_FILE}.", suffix=".tmp")
+    handle, aside = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(model.SerializeToString())
@@ -243,6 +275,6 @@ def write_aside(folder: Path, model: onnx.ModelProto) -> Path:
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        Path(aside).unlink(missing_ok=True)
         raise
-    return Path(name)
+    return Path(aside)

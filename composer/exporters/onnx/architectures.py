@@ -2,6 +2,7 @@
 
     causal LM   input_ids, attention_mask [, position_ids], past_key_values.N.key|value → logits, present.N.key|value
     encoder     input_ids, attention_mask [, token_type_ids]                            → last_hidden_state | logits
+    seq2seq     two graphs of one row: see `seq2seq`
 
 Adding a model is adding a row to `ARCHITECTURES`, once the tests cover it. Opset 23 has the fused operators (Attention,
 RMSNormalization, RotaryEmbedding); a row says 20 where a fused operator rejects what the model feeds it.
@@ -17,7 +18,9 @@ from composer.exporters.onnx.experts import EXPERT_ACTIVATION
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
 
-Task = Literal["text-generation", "feature-extraction", "text-classification", "token-classification"]
+Task = Literal[
+    "text-generation", "feature-extraction", "text-classification", "token-classification", "text2text-generation"
+]
 
 # Both rescale the rotary frequencies by the length of the running sequence: control flow that a trace would freeze.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -32,6 +35,8 @@ class Architecture:
     unused: the parts of the module that the output does not depend on; their weights are not in the graph.
     family: the row of composer.renames that says how checkpoints name what the module names otherwise; "" for none.
     experts: what checkpoints call the gate, up and down projection of an expert; empty for dense models.
+    part: which of the two graphs of an encoder-decoder, once `seq2seq.parts` has split the row.
+    own_head: the checkpoint stores an output head although the config ties it to the embedding.
     """
 
     name: str
@@ -42,11 +47,18 @@ class Architecture:
     unused: tuple[str, ...] = ()
     family: str = ""
     experts: tuple[str, str, str] | tuple[()] = ()
+    part: Literal["", "encoder", "decoder"] = ""
+    own_head: bool = False
 
     @property
     def is_causal(self) -> bool:
         """True when the graph carries a KV cache and generates text."""
         return self.task == "text-generation"
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """True for an encoder-decoder, which becomes two graphs."""
+        return self.task == "text2text-generation"
 
 
 def _causal(name: str, *, positions: bool = True, **options: Any) -> Architecture:
@@ -64,7 +76,12 @@ def _encoder(stem: str, *, token_types: bool, opset: int = 23) -> tuple[Architec
     )
 
 
+def _seq2seq(stem: str) -> Architecture:
+    return Architecture(f"{stem}ForConditionalGeneration", "text2text-generation")
+
+
 GATED = ("gate_proj", "up_proj", "down_proj")
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -97,6 +114,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         *_encoder("ModernBert", token_types=False, opset=20),
         *_encoder("Roberta", token_types=False),
         *_encoder("XLMRoberta", token_types=False),
+        _seq2seq("Bart"),
+        _seq2seq("MBart"),
+        _seq2seq("MT5"),
+        _seq2seq("T5"),
+        _seq2seq("UMT5"),
     )
 }
 
@@ -106,7 +128,8 @@ def supported(config: dict[str, Any]) -> None:
 
     config: the parsed config.json of a checkpoint folder.
     Refused: an architecture that is not in the table, remote code, quantised weights, rotary embeddings that depend on
-    the length of the sequence, decoders with cross-attention, and experts with another activation than SiLU.
+    the length of the sequence, other decoders with cross-attention than those of the table, and experts with another
+    activation than SiLU.
     """
     architecture_of(config)
 
@@ -132,8 +155,9 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise refuse("config.json must name exactly one supported architecture")
     if config.get("quantization_config"):
         raise refuse("its weights are quantised", "compose from the unquantised base")
-    if config.get("is_encoder_decoder") or config.get("add_cross_attention"):
-        raise refuse("models with cross-attention are not exported")
+    seq2seq = ARCHITECTURES[found].is_seq2seq
+    if bool(config.get("is_encoder_decoder", seq2seq)) != seq2seq or config.get("add_cross_attention"):
+        raise refuse("its config has cross-attention where the architecture has none, or none where it has")
     if config.get("is_decoder") and not ARCHITECTURES[found].is_causal:
         raise refuse("an encoder configured as a decoder (is_decoder) is not exported")
     for kind in _rope_types(config):

@@ -26,7 +26,7 @@ from composer.tensors import TensorSpec, read_header
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Bound", "bind", "rename_inputs", "stored_tensors"]
+__all__ = ["Bound", "bind", "own_head", "rename_inputs", "stored_tensors"]
 
 # onnx.TensorProto's numbers for the dtypes that a weight may be stored in.
 STORED = {"F32": 1, "F16": 10, "BF16": 16}
@@ -34,8 +34,11 @@ FLOAT32 = 1
 
 # Buffers that some versions of transformers stored beside the weights; every graph carries its own.
 NOT_WEIGHTS = re.compile(
-    r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$"
+    r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids)|(en|de)coder\.version"
+    r"|EncDecAttention\.relative_attention_bias\.weight)$"  # of T5's first conversion, read by no version
 )
+# What transformers takes for zeros where a checkpoint has none.
+ZERO_IF_ABSENT = frozenset({"final_logits_bias"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +103,11 @@ def bind(graph: onnx.ModelProto, folder: Path) -> Bound:
     tensors = stored_tensors(folder)
     renamed = (module_names(family, tuple(tensors)) if family else None) or {}
     left = {name for name in tensors if not NOT_WEIGHTS.search(name)}
-    sources, missing, tied = {}, [], []
+    sources, missing, absent, tied = {}, [], [], []
     for first, names in aliases.items():
         found = [key for name in names for key in _keys(name, prefix, renamed) if key in left]
         if not found:
-            missing.append(first)
+            (absent if first in ZERO_IF_ABSENT else missing).append(first)
             continue
         sources[first] = found[0]
         left.difference_update(found)
@@ -128,9 +131,31 @@ def bind(graph: onnx.ModelProto, folder: Path) -> Bound:
                 remedy="set tie_word_embeddings to false in config.json",
                 keys=[one, other],
             )
+    _fill_with_zeros(graph, absent)
     stored = _point(graph, sources, tensors)
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     return Bound(graph, names[stored.most_common(1)[0][0]], tuple(unused))
+
+
+def own_head(folder: Path) -> bool:
+    """Whether an output head is stored beside a shared embedding that differs from it, whatever the config ties.
+
+    transformers does not tie the two then either; the configs of the T5 family always say that they are tied.
+    """
+    tensors = stored_tensors(folder)
+    head = tensors.get("lm_head.weight")
+    shared = next((found for name, found in tensors.items() if name.endswith("shared.weight")), None)
+    return head is not None and shared is not None and not _same_bytes(folder, head, shared)
+
+
+def _fill_with_zeros(graph: onnx.ModelProto, names: Iterable[str]) -> None:
+    import numpy as np
+    from onnx import numpy_helper
+
+    for initializer in graph.graph.initializer:
+        if initializer.name in names:
+            zeros = np.zeros(tuple(initializer.dims), np.float32)
+            initializer.CopyFrom(numpy_helper.from_array(zeros, initializer.name))
 
 
 def _point(graph: onnx.ModelProto, sources: dict[str, str], tensors: dict[str, tuple[str, TensorSpec]]) -> Counter[str]:

@@ -27,14 +27,21 @@ __all__ = ["insert_bottlenecks"]
 WEIGHT_OPS = ("MatMul", "Gemm")
 
 
-def insert_bottlenecks(model: onnx.ModelProto, folder: Path) -> int:
+def insert_bottlenecks(model: onnx.ModelProto, folder: Path, *, half: bool = False) -> int:
     """Add the networks of the folder's bundle to `model`, which is changed. Returns how many were added.
 
+    half: `model` is one of the two graphs of an encoder-decoder, and takes the sites of the modules that it has.
     Raises OnnxExportError where the graph does not have a site as the equations need it, or a tensor is left over;
     CorruptFileError for a bundle that cannot be read.
     """
     sites = read_sites(folder / BUNDLE)
     tensors = dict(read_header(folder / TENSORS).tensors)
+    if half:
+        held = {initializer.name for initializer in model.graph.initializer}
+        others = [site for site in sites if f"{site.module}.weight" not in held]
+        sites = [site for site in sites if site not in others]
+        prefixes = tuple(f"{network.weights}." for site in others for network in site.networks)
+        tensors = {name: spec for name, spec in tensors.items() if not name.startswith(prefixes)}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         for name in set(node.input):

@@ -38,9 +38,10 @@ LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 def digest_of(config: dict[str, Any], architecture: Architecture) -> str:
     """sha256, in hex, over all that decides the graph: two checkpoints with equal digests share one graph."""
+    split = (architecture.part, architecture.own_head) if architecture.is_seq2seq else ()
     key = {
         "config": {name: value for name, value in config.items() if name not in IRRELEVANT},
-        "architecture": [architecture.name, architecture.task, FLAVOUR, architecture.opset],
+        "architecture": [architecture.name, architecture.task, FLAVOUR, architecture.opset, *split],
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "exporter": EXPORTER_VERSION,
     }

@@ -28,6 +28,8 @@ __all__ = ["quiet", "weightless_module"]
 # Parameters below this size get real, distinct values: the optimiser merges small initializers that are equal.
 SMALL = 65536
 
+BIAS = "final_logits_bias"
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -85,6 +87,7 @@ def weightless_module(folder: Path, architecture: Architecture) -> torch.nn.Modu
         module = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
         if architecture.experts:
             separate_experts(module, architecture.experts)
+    _as_weights(module, architecture)
     persistent = {name for name, _ in module.named_buffers()} & set(module.state_dict())
     if persistent:
         raise TypeError(f"buffers stored in checkpoints are not supported: {', '.join(sorted(persistent))}")
@@ -104,3 +107,15 @@ def weightless_module(folder: Path, architecture: Architecture) -> torch.nn.Modu
                 replaced[id(parameter)].original = parameter
             submodule._parameters[name] = replaced[id(parameter)]
     return module.eval()
+
+
+def _as_weights(module: torch.nn.Module, architecture: Architecture) -> None:
+    """BART's bias of the logits, a buffer that checkpoints store; and a head that only the config ties."""
+    import torch
+
+    bias = module._buffers.pop(BIAS, None)
+    if bias is not None:
+        module._parameters[BIAS] = torch.nn.Parameter(bias, requires_grad=False)
+    if architecture.own_head:
+        head = module.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.zeros(()).expand(head.weight.shape), requires_grad=False)

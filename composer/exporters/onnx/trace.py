@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import OnnxExportError
+from composer.exporters.onnx import seq2seq
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.experts import translations
 from composer.exporters.onnx.skeleton import quiet, weightless_module
@@ -70,6 +71,8 @@ def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
     """Run the exporter on small example inputs; every name starts with ``model.``, the wrapper's attribute."""
     import torch
 
+    if architecture.is_seq2seq:
+        return _run(seq2seq.example(module, architecture), architecture)
     batch, length, past = 2, 3, 4
     tokens = {0: "batch_size", 1: "sequence_length"}
     kwargs: dict[str, Any] = {
@@ -102,13 +105,19 @@ def _export(module: torch.nn.Module, architecture: Architecture) -> ir.Model:
         kwargs["token_type_ids"] = torch.zeros(batch, length, dtype=torch.int64)
         shapes["token_type_ids"] = tokens
     wrapper = _wrap_causal(module, architecture) if architecture.is_causal else _wrap_encoder(module, architecture)
+    return _run(seq2seq.Example(wrapper, kwargs, shapes, input_names, output_names), architecture)
+
+
+def _run(example: seq2seq.Example, architecture: Architecture) -> ir.Model:
+    import torch
+
     with torch.no_grad():
         program = torch.onnx.export(
-            wrapper.eval(),
-            kwargs=kwargs,
-            dynamic_shapes=shapes,
-            input_names=input_names,
-            output_names=output_names,
+            example.module.eval(),
+            kwargs=example.kwargs,
+            dynamic_shapes=example.shapes,
+            input_names=example.input_names,
+            output_names=example.output_names,
             dynamo=True,
             opset_version=architecture.opset,
             custom_translation_table=translations() if architecture.experts else None,

@@ -3,6 +3,7 @@
     causal LM   one prompt, prompts as a batch with left padding, the same with random ids, a prefill in two parts;
                 each is prefilled, then decoded greedily with the KV cache; the oracle is one torch pass without a cache
     encoder     one prompt, prompts and random ids as batches with right padding
+    seq2seq     the same for the encoder, and greedy decoding with the cache against one torch pass
 
 The torch model comes from `from_pretrained`, which finds the weights by its own rules: it shares nothing with `bind`.
 Bottlenecks are hooked into it by composer.runtime, and virtual tokens put before its input by `live`; neither shares
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from composer.bottlenecks import BUNDLE
 from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.live import LiveModel
+from composer.exporters.onnx.seq2seq_session import Seq2SeqSession
 from composer.exporters.onnx.session import forward, open_session
 from composer.exporters.onnx.skeleton import quiet
 
@@ -96,14 +98,14 @@ class Verification:
         return Verification(largest, tolerance, (*self.checks, *other.checks))
 
 
-def verify(folder: Path, model_path: Path, architecture: Architecture) -> Verification:
-    """Compare the graph in `model_path` with the torch model in `folder`.
+def verify(folder: Path, paths: Sequence[Path], architecture: Architecture) -> Verification:
+    """Compare the graph in `paths`, or the two of an encoder-decoder, with the torch model in `folder`.
 
     Raises OnnxVerificationError, with the numbers of every check, when a value differs by more than the tolerance, is
     not a number, or leads greedy decoding to another token.
     """
     with quiet():
-        compared, live = _run_checks(folder, model_path, architecture)
+        compared, live = _run_checks(folder, paths, architecture)
         scale = max((item.scale for item in compared if math.isfinite(item.scale)), default=0.0)
         tolerance = max(SMALLEST_TOLERANCE, RELATIVE_TOLERANCE * scale)
         failed = [item for item in compared if not item.within(tolerance)]
@@ -163,11 +165,14 @@ def _measure_rounding(doubtful: list[_Compared], live: LiveModel) -> None:
         item.facts["float32_rounding"] = float(np.max([np.abs(one - exact).max() for one in passes]))
 
 
-def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> tuple[list[_Compared], LiveModel]:
+def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture) -> tuple[list[_Compared], LiveModel]:
     live = live_model(folder, architecture)
-    session = open_session(model_path)
+    sessions = [open_session(path) for path in paths]
     texts, randoms = prompts(folder, live)
     run = _check_causal if architecture.is_causal else _check_encoder
+    session: Any = sessions[0]
+    if architecture.is_seq2seq:
+        run, session = _check_seq2seq, Seq2SeqSession(*sessions)
     batches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     if texts:
         batches.append(("prompt", texts[:1], {}))
@@ -177,6 +182,8 @@ def _run_checks(folder: Path, model_path: Path, architecture: Architecture) -> t
     batches.append(("random ids, padded batch", randoms, {}))
     if architecture.is_causal:
         batches.append(("random ids, prefill in two parts", randoms, {"parts": 2}))
+    if architecture.is_seq2seq:
+        batches.append(("random ids, decoding from a prefix", randoms, {"prefix": 3}))
     compared = []
     for name, rows, options in batches:
         try:
@@ -247,20 +254,85 @@ def _check_causal(
 
     expected = whole(live)
     tokens = np.concatenate([ids[:, length:], token], axis=1)
-    # Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?
-    deciding = expected[:, length - 1 :]
-    gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
     kept = mask.astype(bool)
     facts = {
         "max_abs_diff": _difference(got, expected, kept),
         "prefill": [len(row) for row in rows],
         "padding": "left" if int(mask.min()) == 0 else "none",
-        "decoded": NEW_TOKENS,
+        **_greedy(expected[:, length - 1 :], tokens),
+    }
+    return _Compared(facts, float(np.abs(expected[kept]).max()), expected[kept], lambda model: whole(model)[kept])
+
+
+def _check_seq2seq(
+    session: Seq2SeqSession, live: LiveModel, _architecture: Architecture, rows: list[list[int]], prefix: int = 0
+) -> _Compared:
+    """Encode, and decode NEW_TOKENS greedily from the start token and `prefix` tokens of the input."""
+    import numpy as np
+    import torch
+
+    config = live.config
+    ids, mask = pad(rows, config, left=False)
+    ends = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((number for number in ends if number is not None), 0)
+    decoded = np.concatenate([np.full((len(rows), 1), start, np.int64), ids[:, :prefix]], axis=1)
+    encoded = session.encode(ids, mask)
+    first, token, past, logits = decoded.shape[1], decoded, None, []
+    while True:
+        part, past = session.decode(encoded, token, past)
+        logits.append(part)
+        token = part[:, -1].argmax(axis=-1).astype(np.int64)[:, None]
+        if len(logits) == NEW_TOKENS:
+            break
+        decoded = np.concatenate([decoded, token], axis=1)
+    tokens = np.concatenate([decoded[:, first:], token], axis=1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoded}
+    kept = mask.astype(bool)
+
+    def whole(model: LiveModel) -> tuple[np.ndarray, np.ndarray]:
+        """Logits [rows, decoded, vocabulary], and the hidden states of the real tokens of the input."""
+        with torch.no_grad():
+            found = model.module(**{name: torch.from_numpy(value) for name, value in inputs.items()}, use_cache=False)
+        return found.logits.numpy(), found.encoder_last_hidden_state.numpy()[kept]
+
+    expected, hidden = whole(live)
+    every = np.ones(expected.shape[:2], bool)
+    differences = [
+        _difference(np.concatenate(logits, axis=1), expected, every),
+        _difference(encoded.hidden[kept], hidden, np.ones(len(hidden), bool)),
+    ]
+    facts = {
+        "max_abs_diff": _largest(differences),
+        "encoded": [len(row) for row in rows],
+        "padding": "right" if int(mask.min()) == 0 else "none",
+        "prefill": first,
+        **_greedy(expected[:, first - 1 :], tokens),
+    }
+    return _Compared(
+        facts,
+        float(max(np.abs(expected).max(), np.abs(hidden).max())),
+        _flat(expected, hidden),
+        lambda model: _flat(*whole(model)),
+    )
+
+
+def _flat(*arrays: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def _greedy(deciding: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """Whether torch's logits choose the same tokens; if not, how far the chosen is below its best."""
+    import numpy as np
+
+    gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
+    return {
+        "decoded": tokens.shape[1],
         "greedy_equal": bool((deciding.argmax(axis=-1) == tokens).all()),
         "greedy_gap": float(gap.max()),
         "tokens": tokens[0].tolist(),
     }
-    return _Compared(facts, float(np.abs(expected[kept]).max()), expected[kept], lambda model: whole(model)[kept])
 
 
 def _check_encoder(session: Any, live: LiveModel, architecture: Architecture, rows: list[list[int]]) -> _Compared:
