@@ -2,8 +2,10 @@
 #
 #   make demo    the main job on a real model: publish, ask, compose, export, run
 #   make test    the whole suite
-#   make soak    what takes too long for that: 200 times kill -9 in each operation, 32 publishers at once
-#   make bench   the merge against cp and PEFT on a model of 2.2 GB
+#   make soak    what takes too long for that: 200 times kill -9 in each operation, 32 publishers at once, 100,000
+#                inputs that nobody thought of
+#   make bench   the merge against cp and PEFT on a model of 2.2 GB, ONNX exports against other exporters, adapters
+#                kept apart in ONNX
 #
 # RUNTIME=cuda installs onnxruntime-gpu in place of onnxruntime.
 
@@ -26,10 +28,13 @@ test: install lint
 
 soak: install
 	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.fuzz --runs 100000
 
 bench: install
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.rounding
+	$(BIN)/python -m tests.bench.onnx
+	$(BIN)/python -m tests.bench.onnx_cuda --batch 1 --batch 8
 	$(BIN)/python -m tests.bench.multi
 
 lint: install

@@ -24,6 +24,7 @@ __all__ = ["COMMANDS"]
 @click.option("--tag", "tags", multiple=True, help="A word to search for; may be repeated.")
 @click.option("--description", help="One paragraph.")
 @click.option("--private/--public", default=None, help="Whether only the namespace's members see a new adapter.")
+@click.option("--sign", "key", metavar="KEY", type=click.Path(path_type=Path), help="Sign it with this EC private key.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep weights that hold NaN or infinity; compose refuses them.")
 @common_options
 @pass_settings
@@ -37,17 +38,22 @@ def publish(
     tags: tuple[str, ...],
     description: str | None,
     private: bool | None,
+    key: Path | None,
     allow_nonfinite: bool,
 ) -> None:
     """Publish the adapter in DIR as a new version.
 
-    A version never changes: the same bytes again are no news, other bytes under the same version are a conflict.
+    A version never changes: the same bytes again are no news, other bytes under the same version are a conflict. A
+    model.sig in DIR goes along as its signature.
     """
     from cli.views import template_lines
+    from registry.verification import signed_publish
 
     with settings.progress() as progress:
-        result = settings.registry.publish(
+        result = signed_publish(
+            settings.registry,
             folder,
+            key,
             name=name,
             version=version,
             base=base,

@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from cli.options import ALLOW, DTYPES, EXPORTS, PRECISIONS, Settings, common_options, pass_settings
+from cli.options import (
+    ALLOW,
+    COMPUTE,
+    DTYPES,
+    EXPORTS,
+    FLAVOURS,
+    ONNX_QUANTISE,
+    PRECISIONS,
+    Settings,
+    common_options,
+    pass_settings,
+)
 from cli.output import emit
+from composer.errors import UsageError
 
 if TYPE_CHECKING:
     from composer.recipe import Recipe
@@ -21,7 +33,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INCOMPATIBLE = 4
 MAX_OUT = 100
-MAX_PROBE = 1 << 20
 RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
@@ -74,6 +85,31 @@ def recipe_options(command: F) -> F:
     command = click.option(
         "--rank", type=click.IntRange(min=1, max=1 << 16), help="Of the LoRA that --export peft writes; default: exact."
     )(command)
+    command = click.option(
+        "--min-agreement",
+        type=click.FloatRange(0, 1),
+        default=0.5,
+        show_default=True,
+        metavar="SHARE",
+        help="How often a graph that rounds must choose torch's token.",
+    )(command)
+    command = click.option(
+        "--onnx-quantise", type=click.Choice(ONNX_QUANTISE), help="Of an ONNX graph: its matrices, in blocks of 32."
+    )(command)
+    command = click.option(
+        "--compute",
+        type=click.Choice(COMPUTE),
+        default="fp32",
+        show_default=True,
+        help="Of an ONNX graph: what it computes in.",
+    )(command)
+    command = click.option(
+        "--flavour",
+        type=click.Choice(FLAVOURS),
+        default="portable",
+        show_default=True,
+        help="Of an ONNX graph: standard operators, or what onnxruntime-genai reads.",
+    )(command)
     command = click.option("--export", type=click.Choice(EXPORTS), default="safetensors", show_default=True)(command)
     command = click.option(
         "--dtype",
@@ -96,21 +132,26 @@ def recipe_options(command: F) -> F:
 
 def to_recipe(text: str, parameters: tuple[str, ...], **words: Any) -> Recipe:
     """A Recipe of the command's words, or of a file and the options that were given beside it."""
-    from composer.recipe import Allow, BasePrecision, Dtype, Export, Placement, load_recipe, parse_recipe
+    from composer import recipe
 
     enums = {
-        "dtype": Dtype,
-        "export": Export,
-        "allow": Allow,
-        "base_precision": BasePrecision,
-        "placement": Placement,
+        "dtype": recipe.Dtype,
+        "export": recipe.Export,
+        "placement": recipe.Placement,
+        "flavour": recipe.Flavour,
+        "compute": recipe.Compute,
+        "onnx_quantise": recipe.OnnxQuantise,
+        "allow": recipe.Allow,
+        "base_precision": recipe.BasePrecision,
     }
-    words = {name: enums[name](word) if name in enums else word for name, word in words.items()}
+    words = {name: enums[name](word) if name in enums and word else word for name, word in words.items()}
     words["parameters"] = dict(map(_pair, parameters))
     if Path(text).suffix in RECIPE_FILES and Path(text).is_file():
         source = click.get_current_context().get_parameter_source
-        return load_recipe(Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE})
-    return parse_recipe(text, **words)
+        return recipe.load_recipe(
+            Path(text), {key: words[key] for key in words if source(key) is ParameterSource.COMMANDLINE}
+        )
+    return recipe.parse_recipe(text, **words)
 
 
 def _pair(text: str) -> tuple[str, float | str]:
@@ -140,6 +181,9 @@ def default_out(recipe: Recipe) -> Path:
     dtype = "" if recipe.dtype.value == "keep" else f"-{recipe.dtype.value}"
     export = "" if recipe.export.value == "safetensors" else f"-{recipe.export.value}"
     export += "" if recipe.placement.value == "merged" else f"-{recipe.placement.value}"
+    export += "" if recipe.flavour.value == "portable" else f"-{recipe.flavour.value}"
+    export += "" if recipe.compute.value == "fp32" else f"-{recipe.compute.value}"
+    export += "" if recipe.onnx_quantise is None else f"-{recipe.onnx_quantise.value}"
     method = "" if recipe.method == "linear" else f"-{recipe.method.replace('@', '-')}"
     rank = "" if recipe.rank is None else f"-r{recipe.rank}"
     precision = "-original" if recipe.base_precision.value == "original" else ""
@@ -179,6 +223,7 @@ def plan(settings: Settings, recipe: str, **words: Any) -> None:
     type=click.Path(path_type=Path),
     help="A plain text: its perplexity before and after goes into composition.json.",
 )
+@click.option("--publish", metavar="NAME", help="Make the result a base of that name; with --export peft an adapter.")
 @common_options
 @pass_settings
 def compose(
@@ -189,20 +234,29 @@ def compose(
     accept_licences: bool,
     queue: bool,
     probe: Path | None,
+    publish: str | None,
     **words: Any,
 ) -> None:
     """Compose RECIPE into a new folder: weights, companions and composition.json; or one LoRA with --export peft.
 
     RECIPE is BASE+ADAPTER[@VERSION][#TASK][:WEIGHT][+ADAPTER…], such as smollm2+team/shout@1.0.0:0.7+./my-adapter, or a
-    YAML file that may give weights by module. The folder appears whole or not at all.
+    YAML file that may give weights by module. The folder appears whole or not at all. What is published is loaded by
+    its name from 'registry serve'; 'registry jobs publish' publishes what was queued.
     """
     from cli.views import composition_block, job_block
 
     wanted = to_recipe(recipe, **words)
     if queue:
+        if publish is not None:
+            raise UsageError(
+                "a queued composition is published once it is done",
+                expected="--queue or --publish",
+                found="both",
+                remedy="registry jobs publish JOB NAME",
+            )
         from registry.api.rules import refuse_paths
 
-        job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences)
+        job = settings.registry.submit(refuse_paths(wanted), accept_licences=accept_licences, probe=_text(probe))
         emit(settings, job, lambda: job_block(job), lambda: job.id)
         return
     folder = out or default_out(wanted)
@@ -213,15 +267,18 @@ def compose(
             replace=force,
             accept_licences=accept_licences,
             probe=_text(probe),
+            publish=publish,
             progress=progress,
         )
     emit(settings, result, lambda: composition_block(result), lambda: result.out, result.warnings)
 
 
 def _text(path: Path | None) -> str | None:
-    """What a file to probe holds: UTF-8, its first mebibyte."""
+    """What a file to probe holds: UTF-8, its first million characters."""
     if path is None:
         return None
+    from composer.probe import MAX_PROBE
+
     try:
         with path.expanduser().open(encoding="utf-8") as file:
             return file.read(MAX_PROBE)

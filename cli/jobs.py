@@ -60,6 +60,19 @@ _job_command("cancel", "cancel_job", "Cancel a job that waits or runs; a running
 _job_command("retry", "retry_job", "Queue a failed or cancelled job again.")
 
 
+@jobs.command("publish")
+@click.argument("job")
+@click.argument("name")
+@common_options
+@pass_settings
+def publish_job(settings: Settings, job: str, name: str) -> None:
+    """Make what a compose made the base NAME; with --export peft the adapter NAME. Prints the job that does it."""
+    from cli.views import job_block
+
+    info = settings.registry.submit_publication(job, name)
+    emit(settings, info, lambda: job_block(info), lambda: info.id)
+
+
 @click.command()
 @click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Jobs at a time.")
 @click.option("--drain", is_flag=True, help="Stop when no job waits.")

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALLOW",
+    "COMPUTE",
     "DTYPES",
     "EXPORTS",
+    "FLAVOURS",
     "JOB_STATES",
     "LEVELS",
     "LOG_FORMATS",
+    "ONNX_QUANTISE",
     "PRECISIONS",
     "RELATIONS",
     "ROLES",
@@ -41,6 +44,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 # compares them.
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 EXPORTS = ("safetensors", "onnx", "bundle", "peft")
+FLAVOURS = ("portable", "genai")
+COMPUTE = ("fp32", "fp16", "bf16")
+ONNX_QUANTISE = ("int8", "int4")
 PRECISIONS = ("quantised", "original")
 ALLOW = ("same-values", "lineage", "shape")
 LEVELS = ("exact", "same-values", "lineage", "shape")

@@ -52,6 +52,14 @@ RATE = 6000  # requests a minute of one token
 )
 @click.option("--max-upload", type=click.IntRange(min=1), metavar="BYTES", help="The largest upload to take.")
 @click.option(
+    "--imports",
+    type=click.Choice(("off", "anonymous", "token")),
+    default="anonymous",
+    show_default=True,
+    help="What publishers may have fetched from the hub: nothing, what is public, or what HF_TOKEN may read.",
+)
+@click.option("--imports-from-private", is_flag=True, help="The hub may be at a private address.")
+@click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),
     default="text",
@@ -70,6 +78,8 @@ def serve(
     max_queue: int,
     max_disk: int | None,
     max_upload: int | None,
+    imports: str,
+    imports_from_private: bool,
     log_format: str,
 ) -> None:
     """Serve the registry over HTTP until interrupted; its URL is printed on stdout.
@@ -86,9 +96,12 @@ def serve(
     local = settings.open_local()
     app = None
     try:
+        from registry.services.importing import ImportRules
         from registry.services.jobs import JobLimits, JobService
 
-        queue = JobService(local, limits=JobLimits(queued=max_queue, disk_bytes=max_disk), slots=jobs)
+        rules = ImportRules(allowed=imports != "off", token=imports == "token", private=imports_from_private)
+        limits = JobLimits(queued=max_queue, disk_bytes=max_disk)
+        queue = JobService(local, limits=limits, slots=jobs, imports=rules)
         app = _application(local, queue, tokens=require_tokens or not loopback, rate=rate, max_upload=max_upload)
         with _listen(address, port) as listener:
             _run(app, listener, log_format, quiet=settings.format == "quiet")
@@ -188,12 +201,21 @@ def _run(app: Any, listener: socket.socket, log_format: str, *, quiet: bool) -> 
 
 
 @click.command()
+@click.option("--repair", is_flag=True, help="Hash everything that is stored, and restore what is damaged.")
 @common_options
 @pass_settings
-def doctor(settings: Settings) -> None:
-    """Check that everything is in place; exits with 1 when something is not."""
+def doctor(settings: Settings, repair: bool) -> None:
+    """Check that everything is in place; exits with 1 when something is not.
+
+    --repair restores a damaged file from another copy of its bytes, the xorbs that it came by, or its recipe; what is
+    made anew anyway is dropped. It exits with 5 where something stays damaged, and says what to do.
+    """
+    from cli.integrity import show_store_check
     from cli.views import checks_table
 
+    if repair:
+        show_store_check(settings, repair=True)
+        return
     checks = settings.registry.doctor()
     failed = [check for check in checks if not check.ok]
     emit(settings, checks, lambda: checks_table(checks), lambda: [check.name for check in failed])

@@ -22,8 +22,11 @@ from registry.schemas import (
     LineageInfo,
     NamespaceInfo,
     PlanInfo,
+    Screening,
+    StoreCheck,
     TokenInfo,
     Verdict,
+    Verification,
     VersionInfo,
 )
 
@@ -45,9 +48,11 @@ __all__ = [
     "lineage_table",
     "namespace_table",
     "plan_block",
+    "store_check_block",
     "template_lines",
     "token_table",
     "verdict_lines",
+    "verification_block",
     "version_block",
     "version_table",
 ]
@@ -246,10 +251,25 @@ def version_block(version: VersionInfo) -> str:
             ("tags", ", ".join(version.tags)),
             ("seen by", "members of its namespace" if version.private else None),
             ("description", version.description),
+            *(("signed by", f"{item.key} ({item.subject})") for item in version.signatures),
             ("published", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]
     )
-    return f"{facts}\n\n{files_table(version.files)}{template_lines(version.chat_template_diff)}"
+    files = f"{files_table(version.files)}{template_lines(version.chat_template_diff)}"
+    return "\n\n".join([facts, *_scores([(None, version.screening)]), files])
+
+
+def _scores(screened: Sequence[tuple[str | None, Screening | None]]) -> list[str]:
+    """One line a score of each (what it is of, its screening); nothing where there are none."""
+    rows = [
+        (score.code, f"{score.value:g}", f"{score.threshold:g}", "yes" if score.alarm else "no", label, score.where)
+        for label, screening in screened
+        for score in (screening.scores if screening else ())
+    ]
+    headers = ("SCREENING", "VALUE", "FROM", "ALARM", "OF", "WHERE")
+    if all(label is None for label, _ in screened):
+        headers, rows = (*headers[:4], "WHERE"), [(*row[:4], row[5]) for row in rows]
+    return [table(headers, rows, "")] if rows else []
 
 
 def template_lines(diff: str | None) -> str:
@@ -262,6 +282,21 @@ def template_lines(diff: str | None) -> str:
 def files_table(files: Sequence[FileInfo]) -> str:
     """One line a file, digests in full."""
     return table(("FILE", "SIZE", "SHA256"), [(file.name, size(file.size), file.sha256) for file in files], "no files")
+
+
+def verification_block(found: Verification) -> str:
+    """What was checked, and held."""
+    return block(
+        [
+            ("verified", found.ref),
+            ("digest", found.digest),
+            ("files", found.files),
+            ("signed by", found.signed_by),
+            ("attestation", "signed, and says what composition.json says" if found.attested else None),
+            ("rebuilt", "every byte is the same" if found.rebuilt else None),
+            ("not signed", ", ".join(found.unsigned)),
+        ]
+    )
 
 
 def _reasons(verdict: Verdict) -> str:
@@ -314,8 +349,9 @@ def plan_block(plan: PlanInfo) -> str:
     ]
     adapters = table(("ADAPTER", "WEIGHT", "TENSORS", "LEVEL", "REASON"), rows, "no adapters")
     files = table(("FILE", "SIZE"), [(name, size(count)) for name, count in plan.files.items()], "no files")
+    scores = _scores([*((item.ref, item.screening) for item in plan.adapters), ("the sum", plan.screening)])
     templates = "".join(template_lines(item.chat_template_diff) for item in plan.adapters)
-    return f"{facts}\n\n{adapters}\n\n{files}{templates}"
+    return "\n\n".join([facts, adapters, *scores, f"{files}{templates}"])
 
 
 def composition_block(result: CompositionInfo) -> str:
@@ -328,6 +364,7 @@ def composition_block(result: CompositionInfo) -> str:
     facts = block(
         [
             ("composed", result.out if not result.cached else f"{result.out} (it was there already)"),
+            ("published", result.published),
             ("recipe", result.recipe_text),
             ("base", f"{base.get('ref', '-')} ({base.get('fingerprint', '-')})"),
             ("export", result.export),
@@ -356,7 +393,7 @@ def composition_block(result: CompositionInfo) -> str:
         [(name, size(entry["size"]), entry["sha256"][:12]) for name, entry in outputs.items()],
         "no files",
     )
-    return f"{facts}\n\n{adapters}\n\n{files}"
+    return "\n\n".join([facts, adapters, *_scores([("the sum", result.screening)]), files])
 
 
 def _perplexity(probe: dict[str, Any] | None) -> str | None:
@@ -405,6 +442,20 @@ def checks_table(checks: Sequence[DoctorCheck]) -> str:
     text = table(("", "CHECK", "DETAIL"), [("ok" if c.ok else "FAIL", c.name, c.detail) for c in checks], "no checks")
     remedies = [f"{check.name}: {check.remedy}" for check in checks if not check.ok and check.remedy]
     return "\n".join([text, *([""] if remedies else []), *remedies])
+
+
+def store_check_block(found: StoreCheck) -> str:
+    """How much was hashed, and what is damaged: a line each, what it is used by, and what was or can be done."""
+    count = f"{found.files} files, {size(found.nbytes)}"
+    if not found.damaged:
+        return f"{count}: all as they were stored"
+    rows = [(item.kind, item.name, item.found, "yes" if item.restored else "no") for item in found.damaged]
+    lines = [f"{count}, {len(found.damaged)} damaged", "", table(("KIND", "FILE", "FOUND", "RESTORED"), rows, ""), ""]
+    for item in found.damaged:
+        done = [("restored", item.restored), ("remedy", item.remedy)]
+        facts = block([("used by", item.used_by), ("tensors", item.tensors), *done])
+        lines += [f"{item.kind} {clean(item.name)}", facts, ""]
+    return "\n".join(lines).rstrip()
 
 
 def inspection(facts: dict[str, Any]) -> str:

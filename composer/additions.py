@@ -25,7 +25,16 @@ from composer.errors import IncompatibleError, RecipeError, TargetMismatchError,
 from composer.files import read_json
 from composer.tensors import TensorSpec
 
-__all__ = ["Addition", "PlannedAddition", "Prefix", "SoftPrompt", "check_stack", "check_weight", "check_whole"]
+__all__ = [
+    "Addition",
+    "PlannedAddition",
+    "Prefix",
+    "SoftPrompt",
+    "check_positions",
+    "check_stack",
+    "check_weight",
+    "check_whole",
+]
 
 
 RECORD = "composition.json"
@@ -212,6 +221,22 @@ def check_whole(checkpoint: Checkpoint) -> None:
             found=added,
             remedy="compose from the base that it was made of, with its adapters in the recipe",
         )
+
+
+def check_positions(labels: Sequence[str], additions: Sequence[Addition], checkpoint: Checkpoint) -> None:
+    """Raise IncompatibleError where the virtual tokens of these adapters leave the base no position for an input."""
+    tokens = sum(item.tokens for item in additions if isinstance(item, SoftPrompt | Prefix))
+    positions = next((checkpoint.config[key] for key in POSITIONS if checkpoint.config.get(key)), None)
+    if isinstance(positions, int) and tokens >= positions:
+        raise IncompatibleError(
+            f"{' and '.join(labels)}: {tokens} virtual tokens, and the base has {positions} positions in all",
+            expected=f"fewer than {positions}",
+            found=tokens,
+            remedy="leave a prompt out, or compose with the base that it was trained on",
+        )
+
+
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
 def check_weight(label: str, weight: float, modules: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 
 from composer.errors import CorruptFileError, NotFoundError
 
-__all__ = ["FileSet", "copy_names", "folder_files", "git_oid", "read_json", "sha256_file", "unique_keys"]
+__all__ = ["FileSet", "copy_names", "folder_files", "git_oid", "parse_json", "read_json", "sha256_file"]
 
 FileSet = Mapping[str, Path]
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
+SURROGATE = re.compile(rb"\\u[dD]")
 QUANTISATION_CONFIGS = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ; a result is not quantised
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
 
@@ -59,12 +61,12 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CorruptFileError(
                 f"{path.name} is too large", expected=f"at most {MAX_JSON_BYTES} bytes", found=size, path=path
             )
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        value = parse_json(path.read_bytes())
         if _deeper(value, MAX_JSON_DEPTH):
             raise ValueError(f"more than {MAX_JSON_DEPTH} levels")
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist", remedy="check the path", path=path) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(
             f"{path.name} is not valid JSON: {error}", expected="a JSON object", found=str(error), path=path
         ) from None
@@ -75,8 +77,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of which no key is there twice: what readers make of one that is differs. Raises ValueError."""
+def parse_json(raw: bytes) -> Any:
+    """A JSON value that every reader takes for the same: each key of an object once, no half of a surrogate pair.
+
+    Raises ValueError (not UTF-8, not JSON, a key twice, a number of thousands of digits) or RecursionError (too deep).
+    """
+    value = json.loads(raw, object_pairs_hook=_unique_keys)
+    if SURROGATE.search(raw):
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         counts = Counter(key for key, _ in pairs)

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from composer.errors import NotFoundError, UnsupportedArchitectureError, UsageError
-from composer.exporters.onnx import MODEL_FILE, open_session
+from composer.errors import UnsupportedArchitectureError, UsageError
+from composer.exporters.onnx import MODEL_FILE, find_graph, open_session
 from composer.exporters.onnx.session import PAST, forward
 from composer.files import read_json
 
@@ -147,14 +147,7 @@ def _load(folder: Path, runtime: str, workload: Workload) -> _Runner:
 
 class _OnnxRunner:
     def __init__(self, folder: Path, config: dict[str, Any], threads: int | None) -> None:
-        if not (folder / MODEL_FILE).is_file():
-            raise NotFoundError(
-                f"{folder} has no {MODEL_FILE}",
-                expected=MODEL_FILE,
-                found="a checkpoint without a graph",
-                remedy="compose it with --export onnx, or leave --runtime onnx out",
-            )
-        self.session = open_session(folder / MODEL_FILE, threads=threads)
+        self.session = open_session(find_graph(folder), threads=threads)
         self.inputs = {item.name for item in self.session.get_inputs()}
         self.decodes = any(name.startswith(PAST) for name in self.inputs)
         self.vocabulary = int(config["vocab_size"])

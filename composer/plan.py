@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from composer.adapters import Adapter
-from composer.additions import PlannedAddition, SoftPrompt, check_stack, check_weight, check_whole
+from composer.additions import PlannedAddition, SoftPrompt, check_positions, check_stack, check_weight, check_whole
 from composer.bottlenecks import Bottlenecks, stack_sites
 from composer.checkpoint import Checkpoint
 from composer.deltas import Delta, LowRank, Replace
@@ -263,9 +263,10 @@ def make_plan(
     A term of weight 0 is checked and then left out, so the output is the same bytes as without it.
     Raises TargetMismatchError unless each adapter tensor is consumed exactly once, TiedWeightsError (one end of a tied
     pair changes, and the recipe does not untie), UnsupportedQuantisationError (the base's weights cannot be decoded),
-    UnsupportedAdapterError (weighted replacement), IncompatibleError (two replacements of one tensor, two prefixes, a
-    base with additions beside its weights) or RecipeError (unknown method or parameter, too many adapters for it, a
-    module pattern that fits nothing, a task that the adapter lacks, weights changed after an addition).
+    UnsupportedAdapterError (weighted replacement), IncompatibleError (two replacements of one tensor, two prefixes,
+    more virtual tokens than positions, a base with additions beside its weights) or RecipeError (unknown method or
+    parameter, too many adapters for it, a module pattern that fits nothing, a task that the adapter lacks, weights
+    changed after an addition).
     """
     find_scheme(checkpoint.config)
     check_whole(checkpoint)
@@ -296,6 +297,7 @@ def make_plan(
         for delta in resolved:
             if (weight := term.weight_of(delta.target)) != 0.0:
                 changes.setdefault(delta.target, []).append(WeightedDelta(delta, weight, index))
+    check_positions([terms[item.term].label for item in additions], [item.addition for item in additions], checkpoint)
     stack_sites([item.addition for item in additions if isinstance(item.addition, Bottlenecks)])
     labels = [term.label for term in terms]
     untied, changes = untie(ends, changes, labels)

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from composer.errors import CorruptFileError
-from composer.files import read_json
+from composer.files import read_json, sha256_file
 from composer.kernels import Survival
 from composer.plan import Plan
 
-__all__ = ["composition_record", "manifest_digest", "read_record", "record_file", "sealed"]
+__all__ = [
+    "changed_outputs",
+    "composition_record",
+    "installed_version",
+    "manifest_digest",
+    "read_record",
+    "record_file",
+    "sealed",
+]
 
 SCHEMA = "composition/1"
 LOW_SURVIVAL = 0.5
@@ -57,6 +65,22 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def changed_outputs(folder: Path) -> list[str]:
+    """The files of a composed folder that are not as they were written, and composition.json if it is another."""
+    path = folder / "composition.json"
+    outputs = read_json(path).get("outputs", {})
+    changed = sorted(
+        name
+        for name, entry in outputs.items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != entry["sha256"]
+    )
+    try:
+        read_record(path)
+    except CorruptFileError:
+        changed.append(path.name)
+    return changed
+
+
 def composition_record(
     plan: Plan,
     files: dict[str, dict[str, int | str]],
@@ -66,7 +90,8 @@ def composition_record(
 ) -> dict[str, Any]:
     """The record as JSON-ready fields.
 
-    inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `warnings` and `advice`.
+    inputs: what the caller knows: `base`, a list `adapters` with one entry a term, `key`, `licences`, `warnings` and
+    `advice`.
     """
     adapters = []
     warnings: list[str] = [*inputs.get("warnings", ()), *plan.warnings]
@@ -86,7 +111,7 @@ def composition_record(
             warnings.append(f"only {share:.0%} of {term.label} survives {remedy}")
     record = {
         "schema": SCHEMA,
-        "tool": {name: _version(name) for name in ("adapter-registry", "torch", "safetensors")},
+        "tool": {name: installed_version(name) for name in ("adapter-registry", "torch", "safetensors")},
         **({"key": inputs["key"]} if "key" in inputs else {}),
         "recipe": plan.recipe.model_dump(mode="json"),
         "recipe_text": str(plan.recipe),
@@ -95,6 +120,7 @@ def composition_record(
         **({"additions": _additions(plan)} if plan.additions else {}),
         "tensors": {"touched": plan.touched, "total": len(plan.jobs)},
         **({"config": plan.config_changes} if plan.config_changes else {}),
+        **({"licences": inputs["licences"]} if inputs.get("licences") else {}),
         "warnings": warnings,
         **({"advice": inputs["advice"]} if inputs.get("advice") else {}),
         "export": exported,
@@ -117,7 +143,8 @@ def _additions(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """The version of an installed distribution, `unknown` where it runs from a source tree."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -37,9 +37,12 @@ __all__ = [
     "AdapterTerm",
     "Allow",
     "BasePrecision",
+    "Compute",
     "Dtype",
     "Export",
+    "Flavour",
     "ModuleWeight",
+    "OnnxQuantise",
     "Placement",
     "Recipe",
     "Value",
@@ -81,6 +84,28 @@ class Placement(StrEnum):
     MERGED = "merged"
     SEPARATE = "separate"
     MULTI = "multi"
+
+
+class Flavour(StrEnum):
+    """The operators of an ONNX graph: standard ones, or those that onnxruntime-genai reads."""
+
+    PORTABLE = "portable"
+    GENAI = "genai"
+
+
+class Compute(StrEnum):
+    """What an ONNX graph computes in, whatever its weights are stored in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class OnnxQuantise(StrEnum):
+    """What the matrices of an ONNX graph become."""
+
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Allow(StrEnum):
@@ -160,6 +185,12 @@ class Recipe(_Model):
     export: Export = Export.SAFETENSORS
     placement: Placement = Field(default=Placement.MERGED, description="of the adapters in an ONNX export")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA that is written; None: exact")
+    flavour: Flavour = Field(default=Flavour.PORTABLE, description="of an ONNX graph")
+    compute: Compute = Field(default=Compute.FP32, description="what an ONNX graph computes in")
+    onnx_quantise: OnnxQuantise | None = Field(default=None, description="what the matrices of an ONNX graph become")
+    min_agreement: float = Field(
+        default=0.5, ge=0, le=1, description="the share of tokens that an ONNX graph which rounds must choose as torch"
+    )
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
     base_precision: BasePrecision = BasePrecision.QUANTISED

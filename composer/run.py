@@ -104,7 +104,8 @@ def compose(
         record = composition_record(plan, sink.files, survival, inputs or {}, exported)
         if text is not None:
             started = time.perf_counter()
-            record["probe"] = probe(plan, sink.folder, text, lambda step: report(step, 0, 0))
+            words = plan.facts.get("virtual_tokens", {}).get("ids", ())
+            record["probe"] = probe(plan, sink.folder, text, lambda step: report(step, 0, 0), words)
             seconds["probe"] = time.perf_counter() - started
         record = sealed(record)
         sink.write("composition.json", record_file(record))

@@ -21,7 +21,7 @@ from composer.errors import ConflictError, StorageError
 from composer.parts import begin_part, exchange
 from composer.writer import HashingWriter, Staging
 
-__all__ = ["FolderSink", "fsync_folder", "fsync_tree", "make_folder", "storage_errors"]
+__all__ = ["FolderSink", "fsync_folder", "fsync_tree", "make_folder", "storage_errors", "write_file"]
 
 
 @contextmanager
@@ -54,6 +54,24 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write one small file whole: it appears, or takes the place of the one there, by a rename after an fsync."""
+    aside = ""
+    with storage_errors(f"writing {path}"):
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+                aside = file.name
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(aside).chmod(0o644)
+            os.replace(aside, path)
+            fsync_folder(path.parent)
+        finally:
+            if aside:
+                Path(aside).unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

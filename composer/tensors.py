@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from composer.errors import CorruptFileError, NotFoundError
-from composer.files import unique_keys
+from composer.files import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,8 +188,8 @@ def read_header(path: Path, *, limit: int = MAX_HEADER_BYTES) -> SafetensorsHead
     if tokens > MAX_TOKENS:
         raise _corrupt(path, f"at most {MAX_TOKENS} commas and brackets in the header", tokens)
     try:
-        entries = json.loads(raw, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a key twice, a giant number, too deep
+        entries = parse_json(raw)
+    except (ValueError, RecursionError) as error:  # not JSON that all read alike
         raise _corrupt(path, "a JSON header", f"{type(error).__name__}: {error}") from None
     metadata = _metadata(path, entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:

@@ -193,6 +193,10 @@ def main() -> None:
         }
         compare({name: answer(name, *model) for name, model in models.items()})
 
+    heading("Any of the graphs answers by itself")
+    with timed("run a graph"):
+        registry("run", two_onnx, QUESTIONS[0], "--max-new-tokens", str(ANSWER_TOKENS))
+
     heading("A wrong base: the same shapes, other weights")
     with timed("refuse a wrong base"):
         make_wrong_base()

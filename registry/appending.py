@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from composer.errors import CorruptFileError, RecipeError
-from composer.files import read_json
+from composer.provenance import read_record
 from composer.recipe import Allow, Placement, Recipe, is_path, parse_recipe
 from registry.interface import Progress, Registry
 from registry.schemas import Advice, CompositionInfo
@@ -40,7 +40,7 @@ def append(
     from composer.exporters.onnx.append import append_adapters
 
     folder = folder.expanduser().resolve()
-    recipe = _recipe(read_json(folder / "composition.json"), adapters, allow)
+    recipe = _recipe(read_record(folder / "composition.json"), adapters, allow)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         result = registry.compose(recipe, scratch / "added", accept_licences=accept_licences, progress=progress)

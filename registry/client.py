@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from composer.errors import CorruptFileError, NotFoundError, TypedError, UsageError
 from composer.files import read_json
 from composer.provenance import manifest_digest
-from composer.recipe import Recipe, is_path, split_reference
+from composer.recipe import AdapterTerm, Recipe, is_path, split_reference
 from composer.sinks import FolderSink
 from registry import __version__
 from registry.access import Role, Scope
@@ -48,10 +48,14 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    SignatureInfo,
+    SignedBundle,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
 )
+from registry.store.pulling import signature_files
 from registry.transfer import ServiceReplyError, connection_errors, file_parts, read_error, save_file
 
 __all__ = ["JobCancelledError", "RemoteRegistry"]
@@ -224,13 +228,25 @@ class RemoteRegistry:
         allow_private: bool = False,
         progress: Progress | None = None,
     ) -> ImportInfo:
-        """Not over REST: what a service reaches in its network is not for a client to say."""
-        raise UsageError(
-            "an import runs where the registry lies",
-            expected="a registry on this machine",
-            found=self.url,
-            remedy=f"leave --url out, or push: hf download {ref.removeprefix('hf://')}, then 'registry publish'",
-        )
+        """A job on the service, from the hub that it knows and under its rules. An interrupt cancels it."""
+        words = {"name": name, "version": version, "base": base, "max_bytes": max_bytes, "allow_private": allow_private}
+        return self._wait(self.submit_import(ref, **words), ImportInfo, progress)[1]
+
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import."""
+        limit = None if max_bytes == DEFAULT_MAX_BYTES else max_bytes  # the service has its own
+        body = {"ref": ref, "name": name, "version": version, "base": base, "max_bytes": limit,
+                "allow_private": allow_private}  # fmt: skip
+        return self._read(self._send("POST", "/imports", json=body), JobInfo)
 
     def list_adapters(
         self,
@@ -296,8 +312,23 @@ class RemoteRegistry:
         files = {file.name: (file.sha256, file.size) for file in info.files}
         with FolderSink(out.expanduser().resolve()) as sink:
             self._download(f"{path}/files", files, sink, "pulling", progress, version=info.digest)
+            for name, data in signature_files(info, self.signatures(ref) if info.signatures else ()).items():
+                sink.write(name, data)
             sink.commit()
         return info
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        """The signatures of a version."""
+        return self._get(self._signatures(ref), Page[SignedBundle]).items
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        """Send a signature that was made here."""
+        return self._read(self._send("POST", self._signatures(ref), json={"bundle": bundle}), SignatureInfo)
+
+    @staticmethod
+    def _signatures(ref: str) -> str:
+        path, version = _adapter(ref)
+        return f"{path}/versions/{_segment(version or 'latest')}/signatures"
 
     def compatible(
         self, base: str, *, level: Level = Level.SHAPE, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -333,19 +364,13 @@ class RemoteRegistry:
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """Run a job on the service and download what it made. An interrupt cancels the job.
-
-        Raises UsageError for a text to probe: jobs compose from recipes alone.
-        """
-        if probe is not None:
-            raise UsageError(
-                "a text is probed where the model is composed",
-                expected="a registry on this machine",
-                found=self.url,
-                remedy="leave --url out, or compose without --probe",
-            )
+        """Run a job on the service and download what it made. An interrupt cancels the job."""
+        if pins:
+            recipe = recipe.model_copy(update={"adapters": tuple(map(self._pin, recipe.adapters, pins))})
         out = out.expanduser().resolve()
         earlier: dict[str, Any] | None = None
         if not replace and (out / RECORD).is_file():
@@ -354,8 +379,12 @@ class RemoteRegistry:
         with ExitStack() as stack:
             # Refuse a taken `out` before any work, unless it may turn out to be this very composition.
             sink = stack.enter_context(FolderSink(out, replace=replace)) if earlier is None else None
-            job, result = self._wait(self.submit(recipe, accept_licences=accept_licences), CompositionInfo, progress)
+            job, result = self._wait(
+                self.submit(recipe, accept_licences=accept_licences, probe=probe), CompositionInfo, progress
+            )
             files = _outputs(result)
+            if publish is not None:
+                result = result.model_copy(update={"published": self._publish_job(job.id, publish, progress)})
             if earlier == result.record and all(_has_size(out / name, size) for name, (_, size) in files.items()):
                 return result.model_copy(update={"out": str(out), "cached": True, "seconds": {}})
             sink = sink or stack.enter_context(FolderSink(out))
@@ -369,10 +398,32 @@ class RemoteRegistry:
         seconds = {**result.seconds, "download": time.perf_counter() - started}
         return result.model_copy(update={"out": str(out), "seconds": seconds})
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def _pin(self, term: AdapterTerm, pin: str | None) -> AdapterTerm:
+        """The term as it is where it still means the pinned digest, else by that digest: a label is part of a card."""
+        if pin is None or is_path(term.ref):
+            return term
+        with suppress(TypedError):
+            ref = f"{term.ref}@{term.version}" if term.version else term.ref
+            if pin in ((info := self.get_version(ref)).digest, info.version):
+                return term
+        return term.model_copy(update={"version": pin})
+
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose."""
         body, params = refuse_paths(recipe).model_dump(mode="json"), {"accept_licences": accept_licences}
+        if probe is not None:
+            body = {"recipe": body, "probe": probe}
         return self._read(self._send("POST", "/compositions", json=body, params=params), JobInfo)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue the publication of a composition."""
+        body = {"name": refuse_path(name, "the name")}
+        return self._read(self._send("POST", f"/jobs/{_segment(job_id)}/publication", json=body), JobInfo)
+
+    def _publish_job(self, job_id: str, name: str, progress: Progress | None) -> str:
+        job = self.submit_publication(job_id, name)
+        found: BaseInfo | PublishResult = self._wait(job, (BaseInfo, PublishResult), progress)[1]
+        return found.name if isinstance(found, BaseInfo) else f"{found.version.name}@{found.version.version}"
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -511,7 +562,12 @@ class RemoteRegistry:
             raise self._odd_reply(error) from error
         return (DoctorCheck(name="service", ok=True, detail=self.url), *checks)
 
-    def _wait(self, job: JobInfo, model: type[M], progress: Progress | None) -> tuple[JobInfo, M]:
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """On the service, which answers when all of its files are hashed."""
+        answer = self._send("POST", "/store/checks", params={"repair": str(repair).lower()}, timeout=UPLOAD_TIMEOUT)
+        return self._read(answer, StoreCheck)
+
+    def _wait(self, job: JobInfo, model: type[M] | tuple[type[M], ...], progress: Progress | None) -> tuple[JobInfo, M]:
         """The job once it is over, and its result. An interrupt cancels it; a failure is raised as the job's own."""
         path, wait = f"/jobs/{_segment(job.id)}", FIRST_POLL_S
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, InternalError, OperationalError
 from sqlalchemy.orm import Session
 
 from composer.errors import StorageError
@@ -60,19 +60,32 @@ def create_database_engine(url: str) -> Engine:
 
 
 @contextmanager
-def session_scope(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
-    """One transaction: committed at the end, rolled back on any exception."""
-    options = {"writes": True} if writes else {}
+def database_errors() -> Iterator[None]:
+    """Turn what a database itself fails with, and no query of ours is to blame for, into a StorageError."""
     try:
-        with CatalogueSession(engine.execution_options(**options), expire_on_commit=False) as session, session.begin():
-            yield session
-    except OperationalError as error:
+        yield
+    except DatabaseError as error:
+        if not isinstance(error, OperationalError | InternalError) and type(error) is not DatabaseError:
+            raise  # a constraint, or a statement that is wrong
+        found = str(error.orig)
+        busy = "locked" in found or "busy" in found
         raise StorageError(
-            f"the database failed: {error.orig}",
+            f"the database failed: {found}",
             expected="a database that answers",
-            found=str(error.orig),
-            remedy="see 'registry doctor'; check that the disk is not full and the file can be written",
+            found=found,
+            remedy=f"something else has been writing for {BUSY_TIMEOUT_S} s: try again"
+            if busy
+            else "see 'registry doctor'; check the disk, REGISTRY_HOME and REGISTRY_DATABASE_URL",
         ) from error
+
+
+@contextmanager
+def session_scope(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
+    """One transaction: committed at the end, rolled back on any exception. Raises StorageError."""
+    options = {"writes": True} if writes else {}
+    bound = engine.execution_options(**options)
+    with database_errors(), CatalogueSession(bound, expire_on_commit=False) as session, session.begin():
+        yield session
 
 
 def _alembic_config(engine: Engine) -> Any:
@@ -87,7 +100,7 @@ def _alembic_config(engine: Engine) -> Any:
 def refresh_statistics(engine: Engine) -> None:
     """Let SQLite's planner learn what the tables hold; PostgreSQL does so by itself."""
     if engine.dialect.name == "sqlite":
-        with engine.connect() as connection:
+        with database_errors(), engine.connect().execution_options(writes=True) as connection:
             connection.exec_driver_sql("PRAGMA analysis_limit = 1000")
             connection.exec_driver_sql("ANALYZE")
             connection.commit()
@@ -99,7 +112,8 @@ def migrate(engine: Engine) -> None:
         return
     from alembic import command
 
-    command.upgrade(_alembic_config(engine), "head")
+    with database_errors():
+        command.upgrade(_alembic_config(engine), "head")
 
 
 def head_revision(engine: Engine) -> str:
@@ -113,13 +127,5 @@ def current_revision(engine: Engine) -> str | None:
     """The revision of the database, None when it is empty."""
     from alembic.runtime.migration import MigrationContext
 
-    try:
-        with engine.connect() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
-    except OperationalError as error:
-        raise StorageError(
-            f"the database cannot be opened: {error.orig}",
-            expected="a readable database",
-            found=str(error.orig),
-            remedy="check REGISTRY_HOME and REGISTRY_DATABASE_URL",
-        ) from error
+    with database_errors(), engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()

@@ -11,6 +11,7 @@ NotFoundError
 ConflictError
 ├── VersionTakenError          other bytes hold that version
 ├── NameTakenError             another base or an adapter holds that name
+├── ConfusableNameError        a new namespace that could be taken for another one
 ├── RepositoryExistsError      a repository has that name
 ├── RefExistsError             the repository has that branch or tag
 ├── StaleParentError           somebody else has committed since
@@ -29,7 +30,9 @@ PolicyError
 └── DiskLimitError             a composition would take more of the disk than is allowed
 IntegrityError
 ├── BaseChangedError           a base's files are no longer what was fingerprinted
-└── BlobCorruptError           a stored file no longer has its digest
+├── BlobCorruptError           a stored file no longer has its digest
+├── CompositionChangedError    a composed model is no longer what composition.json records, or never was
+└── SignatureError             a signature that is not by that key, or of other files
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ __all__ = [
     "BaseNotFoundError",
     "BlobCorruptError",
     "CollectedError",
+    "CompositionChangedError",
+    "ConfusableNameError",
     "DependentsError",
     "DiskLimitError",
     "EntryNotFoundError",
@@ -58,6 +63,7 @@ __all__ = [
     "RepositoryExistsError",
     "RepositoryNotFoundError",
     "RevisionNotFoundError",
+    "SignatureError",
     "StaleParentError",
     "VersionNotFoundError",
     "VersionTakenError",
@@ -99,6 +105,12 @@ class NameTakenError(ConflictError):
     """Another base or an adapter holds that name."""
 
     code = "name-taken"
+
+
+class ConfusableNameError(ConflictError):
+    """A new namespace has the skeleton of one that belongs to others (registry.confusables)."""
+
+    code = "confusable-name"
 
 
 class DependentsError(ConflictError):
@@ -171,6 +183,18 @@ class BlobCorruptError(IntegrityError):
     """A stored file no longer has its digest."""
 
     code = "blob-corrupt"
+
+
+class CompositionChangedError(IntegrityError):
+    """A composed model is not what its record says; `fields` lists the files that changed, are missing or are more."""
+
+    code = "composition-changed"
+
+
+class SignatureError(IntegrityError):
+    """A signature is not by that key, cannot be read, or is of other files, which `fields` lists."""
+
+    code = "bad-signature"
 
 
 class RepositoryNotFoundError(NotFoundError):

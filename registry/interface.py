@@ -33,6 +33,9 @@ from registry.schemas import (
     PlanInfo,
     PublishResult,
     Relation,
+    SignatureInfo,
+    SignedBundle,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -146,6 +149,19 @@ class Registry(Protocol):
         """
         ...
 
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import; one that breaks off goes on where it ended when it is taken up again."""
+        ...
+
     def list_adapters(
         self,
         *,
@@ -199,7 +215,15 @@ class Registry(Protocol):
         ...
 
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
-        """Write a version's files into the new folder `out`, each checked against its digest."""
+        """Write a version's files into the new folder `out`, each checked against its digest, with its signatures."""
+        ...
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        """The signatures of a version, each with its bundle, the first that came first."""
+        ...
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        """Keep a signature that lists exactly the files of a version (registry.verification makes it)."""
         ...
 
     def compatible(
@@ -230,16 +254,24 @@ class Registry(Protocol):
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
+        pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
         """Compose into the new folder `out`. `accept_licences`: even where they conflict.
 
-        probe: a text, whose perplexity before and after goes into the record.
+        probe: a text, whose perplexity before and after goes into the record. publish: the name of the base, or of the
+        adapter (export peft), that the result becomes. pins: the version or digest that each adapter of the recipe
+        means, whatever its name means by now.
         """
         ...
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose; the very same recipe over the same inputs is the job that there is already."""
+        ...
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue that what a compose made becomes the base `name`, or the adapter (export peft)."""
         ...
 
     def list_jobs(
@@ -342,4 +374,8 @@ class Registry(Protocol):
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
         """Is everything in place?"""
+        ...
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """Hash everything that is stored; with `repair`, restore what is damaged where a copy is left."""
         ...

@@ -7,6 +7,7 @@
                  └─ refs ────────┘                name their version or base; received: who sent which bytes
     jobs            what runs in the background: one a compose, a base to fingerprint …
     tokens          who may ask; members: what a subject is in a namespace; audit_log: who changed what
+    attestations    signed bundles over the files of a version, one a key
     compositions    one a finished recipe over known inputs (composition_inputs): cache key and proof
     quarantine      bytes that nobody may use; tombstones: versions that were deleted
 
@@ -38,6 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 __all__ = [
     "AdapterRow",
     "AliasRow",
+    "AttestationRow",
     "AuditRow",
     "BaseClosureRow",
     "BaseFileRow",
@@ -266,6 +268,8 @@ class VersionRow(Model):
     # The digest of a SignatureRow; no foreign key, because SQLite cannot drop a column that has one.
     signature: Mapped[str | None] = mapped_column(String(64))
     task: Mapped[str | None] = mapped_column(String(50))
+    # What composer.screening measured, for the population that later adapters of this base are compared with.
+    screening: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     latest: Mapped[bool] = mapped_column(default=False)
     state: Mapped[str] = mapped_column(String(20), default="published")
     state_reason: Mapped[str | None] = mapped_column(Text)
@@ -328,6 +332,19 @@ class VersionDownloadsRow(Model):
 
     version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
     count: Mapped[int] = mapped_column(BigInteger)
+
+
+class AttestationRow(Model):
+    """A signed bundle that lists the files of a version; whether a key is to be trusted is for its reader to say."""
+
+    __tablename__ = "attestations"
+    __table_args__ = (CheckConstraint("length(key) = 64", name="key"),)
+
+    version_id: Mapped[int] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bundle: Mapped[dict[str, Any]] = mapped_column(JSON)
+    subject: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 
 class AliasRow(Model):

@@ -5,16 +5,18 @@ All are immutable pydantic models; times are UTC, sizes are bytes, digests carry
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from composer.recipe import Recipe
 from registry.access import Role, Scope
 
 __all__ = [
+    "SHOWS_PLACES",
     "Advice",
     "AuditEntry",
     "BaseCheck",
@@ -45,13 +47,21 @@ __all__ = [
     "Readiness",
     "Reason",
     "Relation",
+    "Score",
+    "Screening",
+    "SignatureInfo",
+    "Signed",
+    "SignedBundle",
     "TokenInfo",
     "Verdict",
+    "Verification",
     "VersionInfo",
     "VersionState",
 ]
 
 T = TypeVar("T")
+# Whether the paths of this machine go out: a request of somebody who is no admin turns that off for its answer.
+SHOWS_PLACES: ContextVar[bool] = ContextVar("shows_places", default=True)
 
 
 class Schema(BaseModel):
@@ -178,6 +188,25 @@ class Advice(Schema):
         return f"{self.adapter}: {self.message} [{self.code}, {self.source}]"
 
 
+class Score(Schema):
+    """One number about an adapter or a composition (registry.screening), and where it begins to alarm."""
+
+    code: str = Field(description="stable: programs may match it")
+    value: float
+    threshold: float
+    alarm: bool
+    where: str | None = Field(default=None, description="the tensor or the kinds of module that it is about")
+    message: str
+    source: str = Field(description="the URL of the paper")
+
+
+class Screening(Schema):
+    """All scores; they refuse nothing, and quiet ones prove nothing."""
+
+    scores: tuple[Score, ...]
+    population: int = Field(description="how many adapters of the base it was compared with")
+
+
 class FileInfo(Schema):
     """One file of a version, a base or a composition."""
 
@@ -208,12 +237,31 @@ class BaseInfo(Schema):
     tensors: int
     nbytes: int
     license: str | None = None
-    location: str = Field(description="the folder it is read from, or 'store' when the registry keeps the bytes")
+    location: str = Field(description="the folder that it is read from; over REST empty for all but admins")
     parent: str | None = None
     relation: Relation | None = None
     created_at: datetime
     created: bool = Field(default=False, description="whether this call registered it")
+
+    @field_serializer("location")
+    def _place(self, location: str) -> str:
+        return location if SHOWS_PLACES.get() else ""
+
     warnings: tuple[str, ...] = Field(default=(), description="what this call has to say of the files")
+
+
+class SignatureInfo(Schema):
+    """That somebody signed the files of a version; whether the key is to be trusted, its reader knows."""
+
+    key: str = Field(description="sha256 of the public key in PEM")
+    subject: str = Field(description="who attached it here")
+    created_at: datetime
+
+
+class SignedBundle(SignatureInfo):
+    """A signature with its bundle, as model.sig holds it."""
+
+    bundle: dict[str, Any]
 
 
 class VersionInfo(Schema):
@@ -244,6 +292,8 @@ class VersionInfo(Schema):
     downloads: int = 0
     aliases: tuple[str, ...] = ()
     files: tuple[FileInfo, ...] = ()
+    signatures: tuple[SignatureInfo, ...] = Field(default=(), description="first come, first named")
+    screening: Screening | None = Field(default=None, description="as of now; null in listings")
     chat_template_diff: str | None = TEMPLATE_DIFF
     created_at: datetime
 
@@ -288,6 +338,7 @@ class PlannedAdapter(Schema):
     weight: float
     verdict: Verdict
     tensors: int
+    screening: Screening | None = None
     chat_template_diff: str | None = TEMPLATE_DIFF
 
 
@@ -303,6 +354,7 @@ class PlanInfo(Schema):
     licences: LicenceVerdict
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = Field(default=(), description="what the literature says against it")
+    screening: Screening | None = Field(default=None, description="of the sum of its adapters")
     additions: tuple[str, ...] = Field(default=(), description="what adapters add to the model, in order")
     touched: int
     total: int
@@ -322,6 +374,8 @@ class CompositionInfo(Schema):
     cached: bool = Field(description="whether the same recipe over the same inputs was there already")
     warnings: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
+    screening: Screening | None = Field(default=None, description="of the sum of its adapters")
+    published: str | None = Field(default=None, description="the base or the adapter that it was published as")
     record: dict[str, Any] = Field(default_factory=dict, description="composition.json")
     seconds: dict[str, float] = Field(default_factory=dict)
 
@@ -368,11 +422,37 @@ class BaseCheck(Schema):
     changed: tuple[str, ...] = Field(default=(), description="tensors that are not what was registered")
 
 
+class Signed(Schema):
+    """What was signed, and where its signature is."""
+
+    ref: str = Field(description="the folder, or namespace/name@version")
+    key: str = Field(description="sha256 of the public key in PEM")
+    files: tuple[str, ...]
+    bundle: str | None = Field(description="the file written; null for a signature that only the registry keeps")
+
+
+class Verification(Schema):
+    """A folder or a version that is what it claims to be: what is not raises an error in its place."""
+
+    ref: str
+    digest: str | None = Field(description="of all files, where there is a record of them")
+    files: int
+    signed_by: str | None = Field(default=None, description="the key asked for; null: no signature was asked for")
+    unsigned: tuple[str, ...] = Field(default=(), description="files that are no part of the adapter beside them")
+    attested: bool = Field(default=False, description="whether attestation.json is signed and agrees")
+    rebuilt: bool = Field(default=False, description="whether composing it again gave the same bytes")
+
+
+JobResult = CompositionInfo | ConversionInfo | DeltaInfo | ImportInfo | BaseInfo | BaseCheck | PublishResult
+
+
 class JobInfo(Schema):
     """A piece of work that runs in the background."""
 
     id: str
-    kind: str = Field(description="compose, base (fingerprint and register), verify, extract, resize, delta or restore")
+    kind: str = Field(
+        description="compose, publication, import, base (register), verify, extract, resize, delta or restore"
+    )
     title: str = Field(description="the recipe, or the names of what is read")
     state: JobState
     recipe: Recipe | None = None
@@ -382,7 +462,7 @@ class JobInfo(Schema):
     bytes_total: int = 0
     attempts: int = 0
     error: dict[str, Any] | None = None
-    result: CompositionInfo | ConversionInfo | DeltaInfo | BaseInfo | BaseCheck | PublishResult | None = None
+    result: JobResult | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -454,6 +534,28 @@ class Readiness(Schema):
     database: bool = Field(description="it answers")
     migrations: bool = Field(description="its schema is the one that this version expects")
     store: bool = Field(description="it takes files")
+
+
+class Damage(Schema):
+    """A stored file that is not what it was."""
+
+    kind: str = Field(description="blob, base, composition, xorb, graph or list")
+    name: str
+    path: str
+    expected: str
+    found: str
+    used_by: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = Field(default=(), description="those that lie in the damaged parts, as far as is known")
+    restored: str | None = Field(default=None, description="from what, by a repair")
+    remedy: str | None = None
+
+
+class StoreCheck(Schema):
+    """What hashing everything that is stored has found."""
+
+    files: int
+    nbytes: int
+    damaged: tuple[Damage, ...] = ()
 
 
 class DoctorCheck(Schema):

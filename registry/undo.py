@@ -24,7 +24,7 @@ from registry.interface import Progress, Registry
 from registry.schemas import CompositionInfo
 from registry.services.publishing import publishable_files
 
-__all__ = ["recipe_without", "undo"]
+__all__ = ["recipe_without", "recorded_recipe", "undo"]
 
 
 def undo(
@@ -63,19 +63,9 @@ def recipe_without(record: dict[str, Any], adapters: Sequence[str]) -> Recipe:
     Without any adapter left it is the base (or the original that was merged into) in its own number format, as
     safetensors.
     """
-    try:
-        recipe = Recipe.model_validate(record["recipe"])
-        fingerprint = record["base"]["fingerprint"]
-        original = record["base"]["original"]["fingerprint"] if "original" in record["base"] else None
-        entries = [(entry["ref"], entry["digest"]) for entry in record["adapters"]]
-        pairs = list(zip(recipe.adapters, entries, strict=True))
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise CorruptFileError(
-            "composition.json does not say what went in",
-            expected="the record that 'registry compose' wrote, with the base's fingerprint and the adapters' digests",
-            found=str(error).partition("\n")[0],
-            remedy="compose it again",
-        ) from None
+    recipe, pairs = _parts(record)
+    fingerprint = record["base"]["fingerprint"]
+    original = record["base"]["original"]["fingerprint"] if "original" in record["base"] else None
     known = {name for term, (label, _) in pairs for name in (term.ref, label)}
     if unknown := [name for name in adapters if name not in known]:
         raise NotFoundError(
@@ -93,6 +83,33 @@ def recipe_without(record: dict[str, Any], adapters: Sequence[str]) -> Recipe:
     if recipe.export is Export.BUNDLE and not beside & {label for _, (label, _) in kept}:
         changes["export"] = Export.SAFETENSORS  # nothing is left to put beside the weights
     return recipe.model_copy(update=changes)
+
+
+def recorded_recipe(record: dict[str, Any]) -> tuple[Recipe, tuple[str | None, ...]]:
+    """The recipe of a composition as it was given, and the digest that each registered adapter had then.
+
+    Raises CorruptFileError (a record that is none) and IntegrityError (a folder that no longer holds its adapter).
+    """
+    recipe, pairs = _parts(record)
+    pinned = [_pinned(term, digest) for term, (_, digest) in pairs]
+    return recipe, tuple(None if is_path(term.ref) else term.version for term in pinned)
+
+
+def _parts(record: dict[str, Any]) -> tuple[Recipe, list[tuple[AdapterTerm, tuple[str, str]]]]:
+    """The recipe, and each of its terms with the label and the digest that it had."""
+    try:
+        recipe = Recipe.model_validate(record["recipe"])
+        entries = [(entry["ref"], entry["digest"]) for entry in record["adapters"]]
+        pairs = list(zip(recipe.adapters, entries, strict=True))
+        _ = [entry["fingerprint"] for entry in (record["base"], record["base"].get("original", record["base"]))]
+    except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
+        raise CorruptFileError(
+            "composition.json does not say what went in",
+            expected="the record that 'registry compose' wrote, with the base's fingerprint and the adapters' digests",
+            found=str(error).partition("\n")[0],
+            remedy="compose it again",
+        ) from None
+    return recipe, pairs
 
 
 def _pinned(term: AdapterTerm, digest: str) -> AdapterTerm:

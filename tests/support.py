@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,6 +74,18 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
 
 
+def add_words(folder: Path, count: int) -> Path:
+    """Give a base a tokenizer of `count` words, w0 is 0, w1 is 1, …; the last stands for all that are unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = f"w{count - 1}"
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(count)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
+    return folder
+
+
 def plan_folders(
     base: Path,
     adapters: Iterable[tuple[Path, float]] = (),
@@ -103,6 +116,18 @@ def compose_folders(
 ) -> Outcome:
     """Compose into `out`."""
     return compose(plan_folders(base, adapters, dtype=dtype, untie=untie), out)
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit, and put the times back, as a disk does that loses one."""
+    stat = path.stat()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def test_live_merged_and_onnx_agree_on_ten_prompts(opened: LocalRegistry, smollm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from composer.exporters.onnx.session import generate, open_session
+    from composer.running import answer, open_runnable
 
     out = tmp_path / "out"
     composed = opened.compose(parse_recipe("smollm2+team/shout", dtype=Dtype.FP32, export=Export.ONNX), out)
@@ -150,6 +151,12 @@ def test_live_merged_and_onnx_agree_on_ten_prompts(opened: LocalRegistry, smollm
         tokens = generate(session, ids.numpy(), np.ones((1, count), np.int64), NEW_TOKENS, [2])
         assert list(tokens[0]) == expected_tokens
     assert composed.record["export"]["max_abs_diff"] <= composed.record["export"]["tolerance"]
+    runnable = open_runnable(out)
+    for prompt, expected_tokens in zip(PROMPTS, live_tokens, strict=True):
+        *pieces, found = answer(runnable, prompt, max_new_tokens=NEW_TOKENS)
+        assert list(found.tokens) == expected_tokens
+        spelled = runnable.tokenizer.decode(expected_tokens, skip_special_tokens=True)
+        assert "".join(piece.text for piece in pieces) == found.text == spelled
 
 
 def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
@@ -163,6 +170,7 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from composer.exporters.onnx.session import forward, generate, open_session
+    from composer.running import answer, open_runnable
 
     for export in (Export.SAFETENSORS, Export.ONNX):
         opened.compose(parse_recipe("smollm2+team/pirate", dtype=Dtype.FP32, export=export), tmp_path / export)
@@ -170,11 +178,12 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
         AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), EXAMPLES / "adapters" / "pirate"
     ).eval()
     words = AutoModelForCausalLM.from_pretrained(tmp_path / "safetensors", dtype=torch.float32)
+    runnable = open_runnable(tmp_path / "onnx")
     session = open_session(tmp_path / "onnx" / "model.onnx")
     prompts = prompt_ids(AutoTokenizer.from_pretrained(smollm2))[:3]
     with_words = prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "safetensors"))[:3]
     with torch.inference_mode():
-        for ids, given in zip(prompts, with_words, strict=True):
+        for text, ids, given in zip(PROMPTS, prompts, with_words, strict=False):
             assert given[0, 16:].tolist() == ids[0].tolist()
             mask = np.ones((1, ids.shape[1]), np.int64)
             expected = live(input_ids=ids, attention_mask=torch.from_numpy(mask)).logits[0, 16:]
@@ -192,6 +201,8 @@ def test_a_soft_prompt_says_the_same_live_as_words_and_inside_the_graph(
             )
             assert found[0, given.shape[1] :].tolist() == tokens.tolist()
             assert generate(session, ids.numpy(), mask, 32, [2])[0].tolist() == tokens.tolist()
+            *_, said = answer(runnable, text, max_new_tokens=32)
+            assert list(said.tokens) == tokens.tolist()
 
 
 def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
@@ -232,6 +243,74 @@ def test_a_prefix_of_grouped_queries_is_the_cache_that_the_graph_begins_with(
         assert float(np.abs(found - oracle).max()) <= 1e-5 * float(np.abs(oracle).max())
     tokens = generate(session, ids.numpy(), mask.numpy(), 32, [2])[0]
     assert tokens.tolist() == wanted[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "ref"),
+    [
+        ("PromptEncoderConfig", {"encoder_hidden_size": 64}, "test/p-tuning"),
+        ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}, "test/multitask#1"),
+        ("CPTConfig", {"cpt_token_ids": [28, 30, 47, 198], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]},
+         "test/cpt"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_soft_prompt_is_words_of_smollm2(
+    config: str, options: dict[str, Any], ref: str, opened: LocalRegistry, smollm2: Path, tmp_path: Path
+) -> None:
+    """PEFT live against the plain checkpoint: fp32 logits to 1e-4 and 32 greedy tokens."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    rows = base.get_input_embeddings().weight
+    torch.manual_seed(2)
+    sizes = {} if "CPT" in config else {"num_virtual_tokens": 8}
+    live = peft.get_peft_model(base, getattr(peft, config)(task_type="CAUSAL_LM", **sizes, **options)).eval()
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * rows.std() * torch.randn_like(parameter)
+    live.save_pretrained(tmp_path / "soft")
+    opened.publish(tmp_path / "soft", name=ref.split("#", maxsplit=1)[0], version="1.0.0", base="smollm2")
+    opened.compose(parse_recipe(f"smollm2+{ref}", dtype=Dtype.FP32), tmp_path / "out")
+    words = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    task = {"task_ids": torch.tensor([1])} if "#" in ref else {}
+    ids = prompt_ids(AutoTokenizer.from_pretrained(smollm2))[0]
+    given = prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "out"))[0]
+    count = given.shape[1] - ids.shape[1]
+    with torch.inference_mode():
+        expected = live(input_ids=ids, attention_mask=torch.ones_like(ids), **task).logits[0, count:]
+        found = words(input_ids=given).logits[0, count:, : expected.shape[1]]
+        wanted = live.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, **task
+        )
+        tokens = words.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=32, do_sample=False
+        )
+    assert float((found - expected).abs().max()) <= 1e-4
+    assert tokens[0, given.shape[1] :].tolist() == wanted[0, -(tokens.shape[1] - given.shape[1]) :].tolist()
+
+
+def test_an_untrained_prefix_is_not_taken_for_a_wrong_graph(
+    opened: LocalRegistry, smollm2: Path, tmp_path: Path
+) -> None:
+    """Its logits are ill-conditioned: torch itself is as far from float64, which the export measures and records."""
+    import torch
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    torch.manual_seed(0)
+    live = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20))
+    live.prompt_encoder["default"].embedding.weight.data.normal_()
+    live.save_pretrained(tmp_path / "prefix")
+    opened.publish(tmp_path / "prefix", name="test/untrained", version="1.0.0", base="smollm2")
+    found = opened.compose(
+        parse_recipe("smollm2+test/untrained", dtype=Dtype.FP32, export=Export.ONNX), tmp_path / "out"
+    ).record["export"]
+    largest = max(check["max_abs_diff"] for check in found["checks"])
+    rounding = max(check.get("float32_rounding", 0.0) for check in found["checks"])
+    assert 1e-3 < largest <= found["tolerance"] <= 8 * rounding
 
 
 def test_two_real_adapters_are_the_float64_sum_rounded_once(

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from composer.additions import Prefix
+from composer.additions import Prefix, SoftPrompt
 from composer.apart import check_placement, keep_apart
 from composer.checkpoint import Checkpoint
 from composer.errors import RecipeError, UnsupportedAdapterError, UnsupportedArchitectureError
@@ -24,8 +24,11 @@ from composer.exporters.safetensors import SafetensorsExporter
 from composer.exporters.vocabulary import GENERATES
 from composer.kernels import Survival
 from composer.plan import Plan
-from composer.recipe import Placement
+from composer.recipe import Compute, Export, Flavour, Placement, Recipe
 from composer.sinks import FolderSink
+
+if TYPE_CHECKING:
+    from composer.exporters.onnx import Variant
 
 __all__ = ["Exporter", "PlanExporter", "find_exporter", "find_plan_exporter", "prepare_export"]
 
@@ -77,6 +80,7 @@ class OnnxExporter:
         from composer.exporters.onnx import ARCHITECTURES
 
         self.check(plan.checkpoint)
+        _check_variant(plan)
         architecture = plan.checkpoint.architecture
         if plan.recipe.placement is not Placement.MERGED:
             if ARCHITECTURES[architecture].is_seq2seq:
@@ -111,10 +115,7 @@ class OnnxExporter:
         """Raise UnsupportedArchitectureError for a model that cannot be traced."""
         from composer.exporters.onnx import supported
 
-        config = dict(checkpoint.config)
-        if checkpoint.scheme:  # what is exported is not quantised any more
-            del config["quantization_config"]
-        supported(config)
+        supported(_exported_config(checkpoint))
 
     def export(
         self, plan: Plan, sink: FolderSink, cache_dir: Path | None, progress: Callable[[str], None]
@@ -125,17 +126,53 @@ class OnnxExporter:
 
         added: dict[str, Any] = {"additions": write_companions(plan, sink)} if plan.additions else {}
         apart = kept_apart(plan, sink) if plan.apart else None
-        result = export_onnx(sink.folder, cache_dir=cache_dir, progress=progress, apart=apart)
+        result = export_onnx(
+            sink.folder, cache_dir=cache_dir, progress=progress, variant=_variant(plan.recipe), apart=apart
+        )
         if apart is not None:
             added |= {"placement": plan.recipe.placement.value, "adapters": apart.entries}
         for name in result.files:
             sink.adopt(name)
-        facts = asdict(result)
+        facts = {name: value for name, value in asdict(result).items() if value is not None}
         seconds = facts.pop("seconds")
         facts.pop("graph_cached")
         return {"format": "onnx", **facts, **added}, seconds
 
 
+def _exported_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of what is exported, which is not quantised any more."""
+    config = dict(checkpoint.config)
+    if checkpoint.scheme:
+        del config["quantization_config"]
+    return config
+
+
+def _variant(recipe: Recipe) -> Variant:
+    """What the recipe asks of an ONNX graph."""
+    from composer.exporters.onnx import Variant
+
+    quantise = None if recipe.onnx_quantise is None else recipe.onnx_quantise.value
+    return Variant(recipe.flavour.value, COMPUTE_DTYPES[recipe.compute], quantise, recipe.min_agreement)
+
+
+def _check_variant(plan: Plan) -> None:
+    """Raise what check_variant raises, or UnsupportedAdapterError for virtual tokens in front of another runtime."""
+    from composer.exporters.onnx.architectures import architecture_of
+    from composer.exporters.onnx.variants import check_variant
+
+    check_variant(architecture_of(_exported_config(plan.checkpoint)), _variant(plan.recipe))
+    for item in plan.additions if plan.recipe.flavour is Flavour.GENAI else ():
+        if item.addition.family in (Prefix.family, SoftPrompt.family):
+            raise UnsupportedAdapterError(
+                f"{plan.terms[item.term].label} cannot become part of a graph for onnxruntime-genai, which sizes the"
+                " cache by the tokens that it gives",
+                expected="adapters that change weights",
+                found=item.addition.summary,
+                remedy="export the portable flavour, or a soft prompt as words of the vocabulary: export safetensors",
+            )
+
+
+COMPUTE_DTYPES = {Compute.FP32: "float32", Compute.FP16: "float16", Compute.BF16: "bfloat16"}
 PREFIX_ENCODERS = ("Bert", "Roberta", "XLMRoberta")  # transformers gives them past_key_values
 PLAN_EXPORTERS: dict[str, PlanExporter] = {"peft": PeftExporter()}
 EXPORTERS: dict[str, Exporter] = {
@@ -167,6 +204,21 @@ def prepare_export(plan: Plan) -> Plan:
     if plan.recipe.placement is not Placement.MERGED:
         check_placement(plan.recipe)
     in_place = find_plan_exporter(plan.recipe.export)
+    asked = plan.recipe.model_dump(include={"flavour", "compute", "onnx_quantise"}, exclude_defaults=True, mode="json")
+    if asked and plan.recipe.placement is not Placement.MERGED:
+        raise RecipeError(
+            f"{', '.join(asked)} are not made of a graph that keeps its adapters apart",
+            expected="one or the other",
+            found={"placement": plan.recipe.placement.value, **asked},
+            remedy="merge the adapters, or leave them out",
+        )
+    if asked and plan.recipe.export is not Export.ONNX:
+        raise RecipeError(
+            f"{', '.join(asked)} belong to an ONNX graph, not to the export {plan.recipe.export.value!r}",
+            expected="export onnx",
+            found={"export": plan.recipe.export.value, **asked},
+            remedy="export onnx, or leave them out; the weights' own number format is dtype",
+        )
     if plan.recipe.rank is not None and in_place is None:
         raise RecipeError(
             f"a rank belongs to a LoRA, not to the export {plan.recipe.export.value!r}",

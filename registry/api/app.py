@@ -5,10 +5,10 @@ POST GET      /api/v1/bases                         GET /bases/{[namespace/]name
 POST GET      /api/v1/adapters                      GET /search   /check
 GET           /api/v1/adapters/{namespace}/{name}   …/versions   …/bases   …/inspect   …/files/{filename}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/aliases/{alias}
-POST          /api/v1/plans   /compositions
+POST          /api/v1/plans   /compositions   /imports
 POST          /api/v1/bases/{name}/verifications
 GET DELETE    /api/v1/jobs/{id}                     GET /jobs   /jobs/{id}/events   /jobs/{id}/files/{filename}
-POST          /api/v1/jobs/{id}/retry
+POST          /api/v1/jobs/{id}/retry   …/publication
 POST GET      /api/v1/tokens                        DELETE /tokens/{id}
 GET           /api/v1/namespaces                    PUT DELETE /namespaces/{namespace}/members/{subject}
 PUT DELETE    /api/v1/adapters/{namespace}/{name}/versions/{version}/yank   …/deprecation   …/quarantine

@@ -21,7 +21,7 @@ from registry.api.files import VerifiedResponse
 from registry.api.rules import refuse_path
 from registry.errors import AuthenticationError
 from registry.interface import DEFAULT_PAGE
-from registry.schemas import VersionInfo
+from registry.schemas import SHOWS_PLACES, VersionInfo
 
 if TYPE_CHECKING:
     from registry.services.jobs import JobService
@@ -59,6 +59,7 @@ async def principal_of(request: Request) -> Principal:
         if rate_limit:
             rate_limit.take(found.token or address)
         request.state.principal = found
+        SHOWS_PLACES.set(found.is_admin)
     return found
 
 

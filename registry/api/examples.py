@@ -44,6 +44,9 @@ from registry.schemas import (
     Readiness,
     Reason,
     Relation,
+    SignatureInfo,
+    SignedBundle,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -56,6 +59,16 @@ DIGEST = "sha256:a92e03b02e77f3f0f0d0c9e2d4c1b0a5968778695a4b3c2d1e0f9a8b7c6d5e4
 JOB = "0f8fad5bd9cb469fa16570867728950e"
 TOKEN = "3f1c9a7be204"
 AT = datetime(2026, 1, 15, 12, tzinfo=UTC)
+KEY = "0d5045b3ecb5a7b28fd7cf5997cf43773c3650c530019f3fe648e5c77a7e10fe"
+BUNDLE = {
+    "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+    "verificationMaterial": {"publicKey": {"hint": KEY}, "tlogEntries": []},
+    "dsseEnvelope": {
+        "payload": "eyJfdHlwZSI6Imh0dHBzOi8vaW4tdG90by5pby9TdGF0ZW1lbnQvdjEifQ==",
+        "payloadType": "application/vnd.in-toto+json",
+        "signatures": [{"sig": "MEUCIQDXJ0mU", "keyid": ""}],
+    },
+}
 RECIPE = "smollm2+team/shout@1.0.0:0.7"
 
 PARAMETERS: Mapping[str, Any] = {
@@ -63,7 +76,7 @@ PARAMETERS: Mapping[str, Any] = {
     "job_id": JOB, "kind": "lora", "license": "apache-2.0", "limit": 20, "name": "shout", "namespace": "team",
     "q": "loud answers", "rank": 16, "subject": "alice", "tag": "style", "target": "team/shout@1.0.0",
     "task": "CAUSAL_LM", "token_id": TOKEN, "version": "1.0.0", "level": "exact", "state": "succeeded",
-    "background": True, "accept_licences": False,
+    "background": True, "accept_licences": False, "repair": False,
 }  # fmt: skip
 BODIES: Mapping[str, Any] = {
     "AliasRequest": {"version": "1.0.0"},
@@ -71,11 +84,19 @@ BODIES: Mapping[str, Any] = {
     "DeltaRequest": {"finetune": "smollm2-chat", "base": "smollm2"},
     "DeprecationRequest": {"reason": "2.0.0 answers shorter", "successor": "team/shout@2.0.0"},
     "ExtractRequest": {"finetune": "smollm2-chat", "base": "smollm2", "rank": 32},
+    "ImportRequest": {"ref": "hf://HuggingFaceTB/SmolLM2-135M-Instruct@main", "name": "smollm2"},
     "MemberRequest": {"role": "publisher"},
+    "PublicationRequest": {"name": "team/loud-smollm2"},
     "ReasonRequest": {"reason": "trained on the wrong data"},
     "RecipeRequest": {"recipe": RECIPE, "method": "linear", "export": "safetensors"},
+    "ComposeRequest": {"recipe": RECIPE, "export": "safetensors", "probe": "The quick brown fox jumps over the dog."},
+    "ProbedRecipe": {
+        "recipe": {"base": "smollm2", "adapters": [{"ref": "team/shout"}]},
+        "probe": "The quick brown fox jumps over the dog.",
+    },
     "ResizeRequest": {"ref": "team/shout@1.0.0", "energy": 0.99},
     "RestoreRequest": {"ref": "team/chat-delta@1.0.0", "base": "smollm2"},
+    "SignatureRequest": {"bundle": BUNDLE},
     "TokenRequest": {"name": "ci of team", "subject": "repo:acme/train", "scopes": ["publish"], "namespaces": ["team"]},
     "VisibilityRequest": {"private": True},
 }
@@ -122,6 +143,8 @@ def _answers() -> dict[str, BaseModel]:
         PublishResult(version=version, created=True),
         CompatibleAdapter(adapter=version, verdict=exact),
         BaseFit(base=base, verdict=exact),
+        SignatureInfo(key=KEY, subject="alice", created_at=AT),
+        SignedBundle(key=KEY, subject="alice", created_at=AT, bundle=BUNDLE),
         LineageInfo(name="smollm2", ancestors=(), descendants=(child,), suggestions=()),
         JobInfo(
             id=JOB,
@@ -159,6 +182,7 @@ def _answers() -> dict[str, BaseModel]:
         NamespaceInfo(name="team", members=(Member(subject="alice", role=Role.OWNER),)),
         AuditEntry(id=1, at=AT, subject="alice", token=TOKEN, action="publish", target="team/shout@1.0.0"),
         Collected(dry_run=True, blobs=3, uploads=0, compositions=1, jobs=2, records=0, nbytes=271_000_000),
+        StoreCheck(files=812, nbytes=3_400_000_000),
         Whoami(subject="alice", scopes=(Scope.PUBLISH,), namespaces=("team",), token=TOKEN),
         DoctorReport(ok=True, checks=(check,)),
         Health(version=__version__),

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from composer.recipe import Allow, BasePrecision, Dtype, Export, Placement, Recipe, Value, parse_recipe
+from composer.probe import MAX_PROBE
+from composer.recipe import (
+    Allow,
+    BasePrecision,
+    Compute,
+    Dtype,
+    Export,
+    Flavour,
+    OnnxQuantise,
+    Placement,
+    Recipe,
+    Value,
+    parse_recipe,
+)
 from registry.access import Role, Scope
 from registry.api.rules import refuse_paths
 from registry.interface import DEFAULT_DAYS, GRACE_DAYS, KEEP_JOBS_DAYS
@@ -15,21 +28,32 @@ from registry.schemas import DoctorCheck
 __all__ = [
     "AliasRequest",
     "CollectRequest",
+    "ComposeRequest",
     "DeltaRequest",
     "DeprecationRequest",
     "DoctorReport",
     "ExtractRequest",
     "Health",
+    "ImportRequest",
     "MemberRequest",
+    "ProbedRecipe",
+    "PublicationRequest",
     "ReasonRequest",
     "RecipeRequest",
     "ResizeRequest",
     "RestoreRequest",
+    "SignatureRequest",
     "TokenRequest",
     "VisibilityRequest",
     "Whoami",
     "form_body",
     "to_recipe",
+]
+
+
+Probe = Annotated[
+    str | None,
+    Field(max_length=MAX_PROBE, description="a text: its perplexity before and after goes into the record"),
 ]
 
 
@@ -53,6 +77,12 @@ class ReasonRequest(_Request):
     """Why a version is withdrawn or blocked."""
 
     reason: str = Field(min_length=1, max_length=2000, examples=["trained on the wrong data"])
+
+
+class SignatureRequest(_Request):
+    """A signature: what model.sig holds."""
+
+    bundle: dict[str, Any] = Field(description="of model-signing 1.x, signed with a key")
 
 
 class DeprecationRequest(ReasonRequest):
@@ -105,12 +135,46 @@ class RecipeRequest(_Request):
     export: Export = Export.SAFETENSORS
     placement: Placement = Field(default=Placement.MERGED, description="of the adapters, with export onnx")
     rank: int | None = Field(default=None, ge=1, le=1 << 16, description="of a LoRA (export peft); empty: exact")
+    flavour: Flavour = Field(default=Flavour.PORTABLE, description="of an ONNX graph")
+    compute: Compute = Field(default=Compute.FP32, description="what an ONNX graph computes in")
+    onnx_quantise: OnnxQuantise | None = Field(default=None, description="what the matrices of an ONNX graph become")
+    min_agreement: float = Field(default=0.5, ge=0, le=1, description="how often it must choose torch's token then")
     allow: Allow = Allow.SAME_VALUES
     untie: bool = Field(default=False, description="write both ends of a tied pair where one of them changes")
     base_precision: BasePrecision = BasePrecision.QUANTISED
     original: str | None = Field(default=None, min_length=1, description="the base that a quantised one was made of")
     requantise: bool = Field(default=False, description="write the result quantised as the base is")
     min_survival: float = Field(default=0.1, ge=0, le=1, description="what requantising must leave of each adapter")
+
+
+class ComposeRequest(RecipeRequest):
+    """What to compose, and a text to measure it on."""
+
+    probe: Probe = None
+
+
+class ProbedRecipe(_Request):
+    """A whole recipe, and a text to measure its result on."""
+
+    recipe: Recipe
+    probe: Probe = None
+
+
+class PublicationRequest(_Request):
+    """What a composition is to be called."""
+
+    name: str = Field(min_length=1, max_length=200, description="of the base, or of the adapter (export peft)")
+
+
+class ImportRequest(_Request):
+    """An adapter or a base of the hub that the service knows (its HF_ENDPOINT)."""
+
+    ref: str = Field(min_length=6, max_length=500, description="hf://ORG/NAME[@REVISION]")
+    name: str | None = Field(default=None, min_length=1, max_length=200, description="here; default: as there")
+    version: str | None = Field(default=None, min_length=1, description="of an adapter; default: the next one")
+    base: str | None = Field(default=None, min_length=1, description="of an adapter: the base it was trained on")
+    max_bytes: int | None = Field(default=None, ge=1, le=1 << 50, description="of all files")
+    allow_private: bool = Field(default=False, description="the hub may be at a private address")
 
 
 class SizedRequest(_Request):
@@ -162,10 +226,12 @@ class Health(BaseModel):
     version: str
 
 
-def to_recipe(body: RecipeRequest | Recipe) -> Recipe:
+def to_recipe(body: RecipeRequest | ProbedRecipe | Recipe) -> Recipe:
     """The recipe that a request holds, in either form. Raises RecipeError, or PolicyError for local paths."""
+    if isinstance(body, ProbedRecipe):
+        body = body.recipe
     if isinstance(body, RecipeRequest):
-        body = parse_recipe(body.recipe, **body.model_dump(exclude={"recipe"}))
+        body = parse_recipe(body.recipe, **body.model_dump(exclude={"recipe", "probe"}))
     return refuse_paths(body)
 
 

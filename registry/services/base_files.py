@@ -1,15 +1,35 @@
-"""The files of a registered base, which stay where they lie: are they still what was fingerprinted?"""
+"""The files of a registered base, which stay where they lie: are they still what was fingerprinted? And links."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from composer.files import sha256_file
+from composer.files import FileSet, sha256_file
+from composer.sinks import fsync_tree, storage_errors
 from registry.errors import BaseChangedError
 from registry.models import BaseFileRow, BaseModelRow
+from registry.store.layout import Layout
 
-__all__ = ["same_stat", "unchanged_files"]
+__all__ = ["link_files", "same_stat", "unchanged_files"]
+
+
+def link_files(layout: Layout, files: FileSet) -> Path:
+    """A new folder of the registry's own with links to `files` (on another file system copies): a place for a base."""
+    folder = layout.uploads / uuid.uuid4().hex / "files"
+    with storage_errors("making room for a base"):
+        for name, path in files.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:  # another file system
+                shutil.copyfile(path, place)
+        fsync_tree(folder.parent)
+    return folder
 
 
 def same_stat(path: Path, file: BaseFileRow) -> bool:

@@ -18,6 +18,7 @@ from registry.errors import AdapterNotFoundError, BaseNotFoundError, VersionNotF
 from registry.models import (
     AdapterRow,
     AliasRow,
+    AttestationRow,
     BaseClosureRow,
     BaseModelRow,
     BaseTensorRow,
@@ -33,11 +34,13 @@ from registry.schemas import (
     FileInfo,
     Page,
     Relation,
+    SignatureInfo,
     VersionInfo,
     VersionState,
 )
 from registry.services.audit import record
 from registry.services.namespaces import require_role
+from registry.services.screening import screen_version
 
 __all__ = [
     "Catalogue",
@@ -100,13 +103,26 @@ def version_infos(session: Session, rows: Sequence[VersionRow]) -> list[VersionI
         aliases.setdefault(version_id, []).append(alias)
     counted = select(VersionDownloadsRow.version_id, VersionDownloadsRow.count)
     downloads = dict(session.execute(counted.where(VersionDownloadsRow.version_id.in_(ids))).tuples().all())
+    signatures: dict[int, list[SignatureInfo]] = {}
+    table = AttestationRow.__table__.c
+    signed = select(table.version_id, table.key, table.subject, table.created_at).where(table.version_id.in_(ids))
+    for version_id, key, subject, at in session.execute(signed.order_by(table.created_at, table.key)).tuples():
+        signatures.setdefault(version_id, []).append(SignatureInfo(key=key, subject=subject, created_at=at))
     return [
-        _version_info(row, bases.get(row.base_fingerprint or ""), aliases.get(row.id, []), downloads.get(row.id, 0))
+        _version_info(
+            row,
+            bases.get(row.base_fingerprint or ""),
+            aliases.get(row.id, []),
+            downloads.get(row.id, 0),
+            signatures.get(row.id, []),
+        )
         for row in rows
     ]
 
 
-def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloads: int) -> VersionInfo:
+def _version_info(
+    row: VersionRow, base: str | None, aliases: list[str], downloads: int, signatures: list[SignatureInfo]
+) -> VersionInfo:
     return VersionInfo(
         name=row.adapter.full_name,
         version=row.version,
@@ -133,6 +149,7 @@ def _version_info(row: VersionRow, base: str | None, aliases: list[str], downloa
         successor=row.successor,
         aliases=("latest", *aliases) if row.latest else tuple(aliases),
         files=tuple(FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files),
+        signatures=tuple(signatures),
         created_at=row.created_at,
     )
 
@@ -367,6 +384,12 @@ class Catalogue:
         """One version."""
         with session_scope(self._engine) as session:
             return version_info(session, find_version(session, ref, version))
+
+    def screened_version(self, ref: str, version: str | None) -> VersionInfo:
+        """One version with the scores of its screening, against what is published by now."""
+        with session_scope(self._engine) as session:
+            row = find_version(session, ref, version)
+            return version_info(session, row).model_copy(update={"screening": screen_version(session, row)})
 
     def list_versions(self, name: str, limit: int, cursor: str | None) -> Page[VersionInfo]:
         """All versions, the highest first; the cursor is the last version seen."""

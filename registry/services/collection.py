@@ -24,7 +24,7 @@ from composer.errors import UsageError
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.db import refresh_statistics, session_scope
-from registry.models import BaseModelRow, CompositionRow, JobRow, now
+from registry.models import BaseFileRow, BaseModelRow, CompositionRow, JobRow, now
 from registry.schemas import Collected, JobState
 from registry.services.audit import acting, record
 from registry.services.blobs import exclude_naming, named_blobs
@@ -61,6 +61,7 @@ class Collection:
                 "compositions": self._folders(self._unused_compositions(before, jobs), dry_run),
             }
             half = self._folders(self._half_written(before), dry_run)
+            self._folders(self._notes(before), dry_run)
         if not dry_run:
             self._forget(before)
         result = Collected(
@@ -113,6 +114,14 @@ class Collection:
                     size = None if path.name in named else _remove_older(path, before, dry_run)
                     count, nbytes = (count, nbytes) if size is None else (count + 1, nbytes + size)
         return count, nbytes
+
+    def _notes(self, before: float) -> Iterator[Path]:
+        """What is known of files that are neither blobs nor a base's any more: it is small, and made again."""
+        with session_scope(self._engine) as session:
+            of_bases = set(session.scalars(select(BaseFileRow.sha256)))
+        for path in _older(self._layout.chunks, before, "??/*"):
+            if path.name not in of_bases and not self._layout.blob(path.name).is_file():
+                yield path
 
     def _half_written(self, before: float) -> Iterator[Path]:
         yield from _older(self._layout.incoming, before)

@@ -29,13 +29,15 @@ from composer.companions import companion_files
 from composer.errors import IntegrityError, TypedError, WeakCompatibilityError
 from composer.exporters import find_exporter, find_plan_exporter, prepare_export
 from composer.files import copy_names, read_json, sha256_file
+from composer.parts import remove_dead_parts
 from composer.places import places
 from composer.plan import Plan, Term, make_plan
-from composer.probe import probe_digest
+from composer.probe import check_probe, probe_digest
 from composer.provenance import manifest_digest, read_record
 from composer.recipe import AdapterTerm, Allow, Recipe, is_path, split_reference
 from composer.requantise import requantised_companions, requantised_files
 from composer.run import compose
+from composer.screening import Measurement, measure, measure_sum
 from composer.templates import chat_templates, template_diff
 from registry.claims import claim_from_folder, fingerprint_folder, read_card
 from registry.compat import BaseClaim, BaseFacts, accepts, assess
@@ -46,7 +48,7 @@ from registry.licences import assess_licences
 from registry.lifecycle import deprecation, require_usable
 from registry.models import BaseFileRow, BaseModelRow, CompositionInputRow, CompositionRow, VersionRow
 from registry.originals import difference_warning, original_error, original_reference
-from registry.preflight import plan_advice
+from registry.preflight import SUMS, plan_advice
 from registry.schemas import (
     Advice,
     CompositionInfo,
@@ -56,20 +58,25 @@ from registry.schemas import (
     PlanInfo,
     PlannedAdapter,
     Relation,
+    Screening,
     Verdict,
 )
+from registry.screening import alarms, judge
 from registry.services.base_files import same_stat, unchanged_files
 from registry.services.catalogue import base_facts, find_base, find_version, version_claim
-from registry.services.lifecycle import refuse_quarantined
+from registry.services.lifecycle import refuse_quarantined, refuse_tainted
 from registry.services.matching import version_verdict
 from registry.services.publishing import publishable_files
+from registry.services.screening import others, population
 from registry.store.chunks import ChunkStore
 from registry.store.layout import Layout
 from registry.store.local import LocalStore
 
 __all__ = ["Compositions", "Prepared", "Resolved"]
 
+MAX_SUMMED = 16  # adapters whose factors are measured together, in memory
 RECORD = "composition.json"
+SMALL = 16 << 20  # of a file that is no shard, this much is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,14 @@ class ResolvedBase:
     licence: str | None
     quantised_from: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, of a registered base
+
+    def verify_heads(self, chunks: ChunkStore) -> None:
+        """Read what a plan is made of: headers and small files. Raises BlobCorruptError as `verify` does."""
+        heads = {shard.header.path: shard.header for shard in self.checkpoint.shards}
+        for name, sha256 in self.digests.items():
+            path = self.checkpoint.files[name]
+            first = next(iter(heads[path].tensors.values()), None) if path in heads else None
+            chunks.reader(path, sha256).read_at(0, first.offset if first else SMALL)
 
     def verify(self, chunks: ChunkStore) -> None:
         """Read every file of a registered base. Raises BlobCorruptError for one that is not what was registered."""
@@ -111,6 +126,8 @@ class ResolvedAdapter:
     verdict: Verdict
     licence: str | None
     deprecated: str | None = None
+    adapter_id: int | None = None
+    measured: Measurement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +157,7 @@ class Resolved:
             "base": {
                 "ref": self.recipe.base,
                 "fingerprint": self.base.facts.fingerprint,
+                "licence": self.base.licence,
                 "tokenizer": self.written_like.tokenizer,
                 "chat_template": self.written_like.chat_template,
                 **({"original": self._original_facts} if self.original else {}),
@@ -148,10 +166,12 @@ class Resolved:
                 {
                     "version": item.version,
                     "digest": item.digest,
+                    "licence": item.licence,
                     "verdict": item.verdict.model_dump(mode="json"),
                 }
                 for item in self.adapters
             ],
+            "licences": self.licences.model_dump(mode="json"),
             "warnings": self.warnings,
         }
 
@@ -237,6 +257,15 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
+class Screened:
+    """Scores of each adapter and of their sum, and the alarms of all."""
+
+    adapters: tuple[Screening, ...]
+    whole: Screening | None
+    alarms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A composition that may begin: its plan, the key of its inputs, and the versions that its adapters mean now."""
 
@@ -257,13 +286,16 @@ class Compositions:
         """What compose would do. Raises what compose would, except for a verdict that is too weak: it is reported."""
         return self._describe(self.resolve(recipe))
 
-    def prepare(self, recipe: Recipe, accept_licences: bool = False) -> Prepared:
+    def prepare(self, recipe: Recipe, accept_licences: bool = False, text: str | None = None) -> Prepared:
         """The plan of a composition that is to run later. Raises what compose would."""
         resolved = self.resolve(recipe)
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
-        return Prepared(self._describe(resolved), resolved.key, tuple(item.version for item in resolved.adapters))
+        if text is not None:
+            check_probe(self._plan(resolved))
+        key = _probed(resolved.key, text)
+        return Prepared(self._describe(resolved), key, tuple(item.version for item in resolved.adapters))
 
     def _describe(self, resolved: Resolved) -> PlanInfo:
         recipe, asked = resolved.recipe, self._plan(resolved)
@@ -281,6 +313,7 @@ class Compositions:
             added = find_exporter(recipe.export).plan_files(plan)
             files, along = {shard.name: shard.nbytes for shard in plan.shards}, companion_files(plan)
         files = {**files, **added}
+        screened = self._screen(resolved, asked)
         companions = {name: len(data) for name, data in along}
         base_templates = chat_templates(resolved.base.checkpoint.files)
         return PlanInfo(
@@ -296,13 +329,15 @@ class Compositions:
                     weight=item.term.weight,
                     verdict=item.verdict,
                     tensors=per_term[index],
+                    screening=screened.adapters[index],
                     chat_template_diff=template_diff(base_templates, chat_templates(item.adapter.files)),
                 )
                 for index, item in enumerate(resolved.adapters)
             ),
             accepted=all(accepts(recipe.allow, item.verdict.level) for item in resolved.adapters),
             licences=resolved.licences,
-            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice),
+            warnings=(*resolved.warnings, *plan.warnings, *resolved.advice, *screened.alarms),
+            screening=screened.whole,
             advice=tuple(plan_advice(asked)),
             additions=tuple(f"{plan.terms[item.term].label}: {item.addition.summary}" for item in plan.additions),
             touched=plan.touched,
@@ -329,13 +364,15 @@ class Compositions:
         for item in resolved.adapters:
             _require(recipe.allow, item, recipe.base)
         _require_licences(resolved, accept_licences)
-        key = resolved.key
-        if text is not None:
-            key = hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+        screened = self._screen(resolved, plan)
+        beside = [*resolved.advice, *screened.alarms]
+        key = _probed(resolved.key, text)
         if (earlier := _earlier(out, key)) is not None:
             _require_whole(out, earlier)
-            self._record(resolved, key, earlier)  # a process that was killed may have got no further than the files
-            return _info(recipe, out, earlier, resolved.advice, cached=True, seconds={})
+            # A process that was killed may have got no further than the files.
+            remove_dead_parts(out)
+            self._record(resolved, key, earlier)
+            return _info(recipe, out, earlier, beside, screened.whole, cached=True, seconds={})
         advice = [item.model_dump(mode="json") for item in plan_advice(plan)]
         inputs = {**resolved.inputs, "key": key, "advice": advice}
         with resolved.verifying(self._store.chunks) as confirm:
@@ -344,7 +381,20 @@ class Compositions:
                 confirm=confirm,
             )  # fmt: skip
         self._record(resolved, key, outcome.record)
-        return _info(recipe, out, outcome.record, resolved.advice, cached=False, seconds=outcome.seconds)
+        return _info(recipe, out, outcome.record, beside, screened.whole, cached=False, seconds=outcome.seconds)
+
+    def _screen(self, resolved: Resolved, plan: Plan) -> Screened:
+        """Scores of each adapter, against the others of this base, and of their sum where it is one."""
+        with session_scope(self._engine) as session:
+            known = population(session, resolved.base.facts.fingerprint)
+        each = tuple(
+            judge(item.measured or measure(item.adapter), others(known, item.adapter_id)) for item in resolved.adapters
+        )
+        apart = prepare_export(plan).apart  # in a graph that takes one of them at a time
+        summed = 1 < len(each) <= MAX_SUMMED and resolved.recipe.method in SUMS and not apart
+        whole = judge(measure_sum(plan)) if summed else None
+        pairs = [*zip((item.label for item in resolved.adapters), each, strict=True), ("the composition", whole)]
+        return Screened(each, whole, tuple(line for label, found in pairs for line in alarms(label, found)))
 
     def check(self, adapter: str, base: str) -> Verdict:
         """The verdict for one pair of references."""
@@ -382,14 +432,17 @@ class Compositions:
             else:
                 row = find_base(session, ref)
             if row is not None:
+                refuse_tainted(session, row)
                 facts = base_facts(session, row)
                 files = session.scalars(select(BaseFileRow).where(BaseFileRow.base_id == row.id)).all()
                 checkpoint = open_checkpoint(unchanged_files(row, files))
                 parent = row.parent.name if row.parent and row.relation == Relation.QUANTIZED else None
-                return ResolvedBase(
+                base = ResolvedBase(
                     checkpoint, facts, row.tokenizer_digest, row.chat_template_digest, row.license, parent,
                     {file.name: file.sha256 for file in files},
                 )  # fmt: skip
+                base.verify_heads(self._store.chunks)
+                return base
         folder = Path(ref).expanduser().resolve()
         checkpoint = open_checkpoint(folder)
         found = fingerprint_folder(folder, progress)
@@ -425,12 +478,13 @@ class Compositions:
         with session_scope(self._engine) as session:
             row = find_version(session, term.ref, pin or term.version)
             label = f"{row.adapter.full_name}@{row.version}"
-            require_usable(row, label, term.version)
+            require_usable(row, label, pin if pin and pin.startswith("sha256:") else term.version)
             files = {file.name: self._store.path(file.sha256, verify=True) for file in row.files}
             verdict = version_verdict(session, row, base.facts)
         return ResolvedAdapter(
-            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label)
-        )
+            term, label, row.version, row.digest, open_adapter(files), verdict, row.license, deprecation(row, label),
+            row.adapter_id, Measurement.from_json(row.screening) if row.screening else None,
+        )  # fmt: skip
 
     def _published_claim(self, digest: str) -> BaseClaim | None:
         """What the catalogue knows of a folder's base, where these very bytes were published with one."""
@@ -490,6 +544,11 @@ def _require_licences(resolved: Resolved, accepted: bool) -> None:
         )
 
 
+def _probed(key: str, text: str | None) -> str:
+    """The key of a composition that is measured on a text."""
+    return key if text is None else hashlib.sha256(f"{key} {probe_digest(text)}".encode()).hexdigest()
+
+
 def _earlier(out: Path, key: str) -> dict[str, Any] | None:
     """The record at `out` when it is this very composition and complete."""
     path = out / "composition.json"
@@ -520,8 +579,9 @@ def _require_whole(out: Path, record: dict[str, Any]) -> None:
 
 
 def _info(
-    recipe: Recipe, out: Path, record: dict[str, Any], advice: list[str], *, cached: bool, seconds: dict[str, float]
-) -> CompositionInfo:
+    recipe: Recipe, out: Path, record: dict[str, Any], beside: list[str], screening: Screening | None, *, cached: bool,
+    seconds: dict[str, float],
+) -> CompositionInfo:  # fmt: skip
     return CompositionInfo(
         recipe_text=str(recipe),
         export=recipe.export.value,
@@ -529,7 +589,8 @@ def _info(
         output_digest=record["output_digest"],
         nbytes=sum(entry["size"] for entry in record["outputs"].values()),
         cached=cached,
-        warnings=(*record["warnings"], *advice),
+        warnings=(*record["warnings"], *beside),
+        screening=screening,
         advice=tuple(Advice(**entry) for entry in record.get("advice", ())),
         record=record,
         seconds=seconds,

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,7 +24,7 @@ from composer.admission import left_out, refuse_pickles, unsafe_kind
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, StorageError, UsageError
 from composer.files import FileSet, git_oid, sha256_file
 from composer.sinks import fsync_tree, storage_errors
-from registry.errors import HubUnreachableError
+from registry.errors import ForbiddenError, HubUnreachableError
 from registry.interface import DEFAULT_MAX_BYTES, Progress
 from registry.pushes import CONFIG
 from registry.schemas import ImportInfo
@@ -34,7 +34,7 @@ from registry.store.layout import Layout
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["HubReference", "Importing", "hub_reference"]
+__all__ = ["HubReference", "ImportRules", "Importing", "hub_reference"]
 
 ATTEMPTS = 5
 CHUNK = 1 << 20
@@ -64,6 +64,31 @@ class _Remote:
     def digest_of(self, path: Path) -> str:
         """The same digest of a file that arrived."""
         return sha256_file(path) if len(self.digest) == 64 else git_oid(path.read_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRules:
+    """What a service fetches when somebody asks it to.
+
+    token: with the service's own HF_TOKEN, so that whoever may publish here can read what it reads there.
+    private: from private addresses too. max_bytes: of one import.
+    """
+
+    allowed: bool = True
+    token: bool = False
+    private: bool = False
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+    def check(self, max_bytes: int, allow_private: bool) -> None:
+        """Raise PolicyError for an import that is not to be."""
+        for fine, what, remedy in (
+            (self.allowed, "this service imports nothing", "start it with another --imports than off"),
+            (self.private or not allow_private, "this service imports from public addresses only",
+             "leave --allow-private out, or start it with --imports-from-private"),
+            (max_bytes <= self.max_bytes, f"this service imports at most {self.max_bytes} bytes", "lower --max-bytes"),
+        ):  # fmt: skip
+            if not fine:
+                raise PolicyError(what, found=max_bytes if "bytes" in remedy else None, remedy=remedy)
 
 
 def hub_reference(text: str) -> HubReference:
@@ -96,9 +121,12 @@ class Importing:
         max_bytes: int = DEFAULT_MAX_BYTES,
         allow_private: bool = False,
         progress: Progress | None = None,
+        token: bool = True,
+        refused: str | None = None,
     ) -> ImportInfo:
         """Fetch `ref` and publish or register it, under its own name unless another is given.
 
+        token: whether HF_TOKEN goes along. refused: "adapter" or "base" where that may not be the outcome.
         Raises NotFoundError, PolicyError (too large, a private address, a pickle), CorruptFileError, StorageError, and
         what publishing raises.
         """
@@ -112,13 +140,20 @@ class Importing:
 
             if is_offline_mode():
                 raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-            api = HfApi(library_name="adapter-registry")
+            api = HfApi(library_name="adapter-registry", token=None if token else False)
             commit, chosen, unsafe = _describe(api, place, max_bytes)
             folder = self._layout.imports / f"{place.repository.replace('/', '--')}@{commit}"
             _check_room(self._layout.home, sum(file.size for file in chosen))
-            files = _fetch(place, commit, chosen, folder, progress)
+            adapter = _is_adapter(file.name for file in chosen)
+            if refused == ("adapter" if adapter else "base"):
+                raise ForbiddenError(
+                    f"{place.repository} is {'an adapter' if adapter else 'a base'}, which you may not make {name}",
+                    expected="a role in the namespace for an adapter, a token without --namespace for a base",
+                    found=refused,
+                )
+            files = _fetch(place, commit, chosen, folder, progress, token=token)
         source = f"hf://{place.repository}@{commit}"
-        if CONFIG in files or "config.json" not in files:
+        if adapter:
             publish = self._publishing.publish
             result = publish(files, name, version, base, None, (), None, None, progress, read_paths=False)
             shutil.rmtree(folder, ignore_errors=True)
@@ -150,6 +185,12 @@ class Importing:
                 path.rename(folder / name)
             fsync_tree(folder.parent)
         return folder
+
+
+def _is_adapter(names: Iterable[str]) -> bool:
+    """What the files of these names make: an adapter, or a base."""
+    found = set(names)
+    return CONFIG in found or "config.json" not in found
 
 
 def _describe(api: HfApi, place: HubReference, max_bytes: int) -> tuple[str, list[_Remote], list[str]]:
@@ -188,7 +229,13 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _fetch(
-    place: HubReference, commit: str, chosen: Sequence[_Remote], folder: Path, progress: Progress | None
+    place: HubReference,
+    commit: str,
+    chosen: Sequence[_Remote],
+    folder: Path,
+    progress: Progress | None,
+    *,
+    token: bool,
 ) -> dict[str, Path]:
     """Download what is not there yet; a file that was begun goes on. Raises CorruptFileError for other bytes."""
     total = sum(file.size for file in chosen)
@@ -209,7 +256,7 @@ def _fetch(
             advance(file.size)
             continue
         part = folder / f"{file.name}{PART}"
-        _download(place, commit, file.name, part, advance)
+        _download(place, commit, file.name, part, advance, token=token)
         size, digest = part.stat().st_size, file.digest_of(part)
         if (size, digest) != (file.size, file.digest):
             part.unlink()
@@ -220,17 +267,19 @@ def _fetch(
     return found
 
 
-def _download(place: HubReference, commit: str, name: str, part: Path, advance: Callable[[int], None]) -> None:
+def _download(
+    place: HubReference, commit: str, name: str, part: Path, advance: Callable[[int], None], *, token: bool
+) -> None:
     """Append what `part` lacks of a file. A connection that breaks is made anew, ATTEMPTS times."""
     import httpx2
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    url = hf_hub_url(place.repository, name, revision=commit)
+    url, own = hf_hub_url(place.repository, name, revision=commit), build_hf_headers(token=None if token else False)
     advance(part.stat().st_size if part.is_file() else 0)
     for attempt in range(ATTEMPTS):
         with storage_errors(f"storing {name}"), part.open("ab") as file:
-            headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
+            headers = {**own, "Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
             try:
                 with get_session().stream("GET", url, headers=headers) as response:
                     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -273,7 +322,7 @@ def _hub_errors(place: HubReference) -> Iterator[None]:
             f"{place.repository} is gated on {where}",
             expected="access",
             found=str(error),
-            remedy="ask its owner for it",
+            remedy="ask its owner for it; a service needs --imports token to use it",
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
         raise NotFoundError(

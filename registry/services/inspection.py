@@ -9,10 +9,9 @@ from sqlalchemy import Engine, select
 
 from composer.adapters import CONFIG, Adapter, open_adapter
 from composer.checkpoint import Checkpoint, open_checkpoint
-from composer.errors import CorruptFileError
-from composer.files import folder_files, read_json, sha256_file
+from composer.files import folder_files, read_json
 from composer.formats import find_format
-from composer.provenance import read_record
+from composer.provenance import changed_outputs
 from composer.recipe import is_path, split_reference
 from composer.tensors import TensorSpec
 from registry.db import session_scope
@@ -64,15 +63,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     if "composition.json" not in files:
         return {"type": "checkpoint", "path": str(folder), **facts}
     record = read_json(files["composition.json"])
-    changed = sorted(
-        name
-        for name, entry in record.get("outputs", {}).items()
-        if name not in files or sha256_file(files[name]) != entry["sha256"]
-    )
-    try:
-        read_record(files["composition.json"])
-    except CorruptFileError:
-        changed.append("composition.json")
+    changed = changed_outputs(folder)
     return {
         "type": "composition",
         "path": str(folder),

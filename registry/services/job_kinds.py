@@ -1,6 +1,8 @@
 """What a job can be: one function a kind, from a stored request to a schema.
 
 compose   a recipe, its versions pinned when it was submitted      -> CompositionInfo, files in compositions/<job>
+publication   what a compose made, as a base or an adapter         -> BaseInfo or PublishResult
+import    an adapter or a base of a hub                             -> ImportInfo
 base      a checkpoint folder, fingerprinted and registered        -> BaseInfo
 verify    a registered base, fingerprinted again                   -> BaseCheck
 extract, resize       a LoRA made of other things                  -> ConversionInfo, files in compositions/<job>
@@ -19,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from composer.recipe import Recipe
 from registry.interface import Progress
-from registry.schemas import BaseCheck, BaseInfo, CompositionInfo, ConversionInfo, DeltaInfo, Relation, Schema
+from registry.schemas import (
+    BaseCheck,
+    BaseInfo,
+    CompositionInfo,
+    ConversionInfo,
+    DeltaInfo,
+    ImportInfo,
+    PublishResult,
+    Relation,
+    Schema,
+)
 
 if TYPE_CHECKING:
     from registry.services.local import LocalRegistry
@@ -52,6 +64,7 @@ def compose(registry: LocalRegistry, job_id: str, request: dict[str, Any], progr
     result = registry.compose(
         Recipe.model_validate(request["recipe"]), folder, replace=True, progress=progress,
         **({"pins": tuple(pins)} if pins else {}), accept_licences=request.get("accept_licences", False),
+        probe=request.get("probe"),
     )  # fmt: skip
     return result.model_copy(update={"out": ""})
 
@@ -75,6 +88,19 @@ def add_base(registry: LocalRegistry, _: str, request: dict[str, Any], progress:
     if registry.layout.uploads in folder.parents and Path(base.location) != folder.resolve():
         shutil.rmtree(registry.layout.uploads / folder.relative_to(registry.layout.uploads).parts[0])
     return base
+
+
+@job_kind("publication")
+def publish(registry: LocalRegistry, _: str, request: dict[str, Any], progress: Progress) -> BaseInfo | PublishResult:
+    """Publish the output of another job."""
+    return registry.publish_composed(registry.layout.compositions / request["job"], request["name"], progress=progress)
+
+
+@job_kind("import")
+def import_model(registry: LocalRegistry, _: str, request: dict[str, Any], progress: Progress) -> ImportInfo:
+    """Fetch from a hub; what an earlier attempt fetched is there."""
+    progress("asking the hub", 0, 0)
+    return registry.import_model(**request, progress=progress)
 
 
 @job_kind("verify")

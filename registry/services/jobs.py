@@ -26,14 +26,18 @@ from sqlalchemy.orm import Session
 
 from composer.errors import ConflictError, NotFoundError
 from composer.recipe import Recipe, split_reference
-from registry.access import LOCAL, Principal, Scope
+from registry.access import LOCAL, Principal, Role, Scope
 from registry.db import session_scope
 from registry.errors import DiskLimitError, ForbiddenError, JobNotFoundError, QueueFullError
 from registry.lifecycle import require_usable
 from registry.models import JobRow, now
+from registry.names import adapter_name
 from registry.schemas import CompositionInfo, ConversionInfo, DeltaInfo, JobInfo, JobState, Page, Relation
+from registry.services.composed import require_publication
+from registry.services.importing import ImportRules, hub_reference
 from registry.services.job_kinds import WITH_FILES
 from registry.services.lifecycle import refuse_quarantined
+from registry.services.namespaces import require_role
 
 if TYPE_CHECKING:
     from registry.services.local import LocalRegistry
@@ -59,11 +63,19 @@ class JobLimits:
 class JobService:
     """Submits and reports jobs, and runs them in `slots` threads of this process once started."""
 
-    def __init__(self, registry: LocalRegistry, *, limits: JobLimits | None = None, slots: int = 1) -> None:
+    def __init__(
+        self,
+        registry: LocalRegistry,
+        *,
+        limits: JobLimits | None = None,
+        slots: int = 1,
+        imports: ImportRules | None = None,
+    ) -> None:
         self._registry = registry
         self._engine = registry.engine
         self._limits = limits or JobLimits()
         self._slots = slots
+        self._imports = imports or ImportRules()
         self.wake = threading.Event()
         self._worker: Any = None
         self._principal = LOCAL
@@ -78,15 +90,15 @@ class JobService:
         other._registry, other._principal = registry, principal
         return other
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
         """Queue a compose, or name the job that does or did the very same.
 
         It is planned first, so that what cannot work is refused at once, and its versions are pinned: an alias that
         moves while the job waits changes nothing.
         """
-        prepared = self._registry.prepare(recipe, accept_licences=accept_licences)
+        prepared = self._registry.prepare(recipe, accept_licences=accept_licences, probe=probe)
         request = {"recipe": recipe.model_dump(mode="json"), "pins": list(prepared.pins),
-                   "accept_licences": accept_licences}  # fmt: skip
+                   "accept_licences": accept_licences, "probe": probe}  # fmt: skip
         return self.enqueue("compose", str(recipe), request, key=prepared.key, nbytes=prepared.plan.nbytes)
 
     def submit_base(
@@ -104,11 +116,55 @@ class JobService:
         key = hashlib.sha256(json.dumps(["base", request], sort_keys=True).encode()).hexdigest()
         return self.enqueue("base", name or folder.name, request, key=key, reuse=False)
 
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int | None = None,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        """Queue an import under the service's rules. Its owner must be allowed to make here what it turns out to be."""
+        place = hub_reference(ref)
+        name = name or place.repository
+        self._principal.require(Scope.PUBLISH)
+        limit = self._imports.max_bytes if max_bytes is None else max_bytes
+        self._imports.check(limit, allow_private)
+        refused = "base" if self._principal.namespaces is not None else None
+        try:
+            with session_scope(self._registry.engine, writes=True) as session:
+                require_role(session, adapter_name(name)[0], Role.PUBLISHER, claim=True)
+        except ForbiddenError:
+            if refused:
+                raise
+            refused = "adapter"
+        request = {"ref": ref, "name": name, "version": version, "base": base, "max_bytes": limit,
+                   "allow_private": allow_private, "token": self._imports.token, "refused": refused}  # fmt: skip
+        key = hashlib.sha256(json.dumps(["import", request], sort_keys=True).encode()).hexdigest()
+        return self.enqueue("import", f"{name} = {ref}", request, key=key, reuse=False)
+
     def submit_verify(self, base: str) -> JobInfo:
         """Queue a new look at every tensor of a registered base."""
         info = self._registry.get_base(base)
         key = hashlib.sha256(f"verify {info.fingerprint}".encode()).hexdigest()
         return self.enqueue("verify", info.name, {"base": info.fingerprint}, key=key, reuse=False)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        """Queue that what a compose made becomes a base or an adapter. Raises ConflictError for a job without."""
+        info = self.get(job_id)
+        self.files(job_id)
+        if not isinstance(info.result, CompositionInfo):
+            raise ConflictError(
+                f"job {job_id} composed nothing", expected="a compose that succeeded", found=info.kind,
+                remedy="see 'registry jobs list'",
+            )  # fmt: skip
+        with session_scope(self._registry.engine, writes=True) as session:
+            require_publication(session, name, info.result.export)
+        key = hashlib.sha256(json.dumps(["publication", job_id, name]).encode()).hexdigest()
+        request = {"job": job_id, "name": name}
+        return self.enqueue("publication", f"{name} = {info.title}", request, key=key, reuse=False)
 
     def submit_conversion(self, kind: str, request: Mapping[str, Any]) -> JobInfo:
         """Queue an extract, resize, delta or restore: `request` holds the parameters of the registry's method.

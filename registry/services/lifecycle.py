@@ -27,7 +27,7 @@ from registry.services.audit import acting, record
 from registry.services.catalogue import find_base, find_version, refresh_latest, version_info
 from registry.services.namespaces import require_role
 
-__all__ = ["Lifecycle", "refuse_quarantined"]
+__all__ = ["Lifecycle", "refuse_quarantined", "refuse_tainted"]
 
 LISTED = 10
 MAX_REASON = 2000
@@ -38,6 +38,12 @@ def refuse_quarantined(session: Session, digest: str, label: str) -> None:
     row = session.get(QuarantineRow, digest)
     if row is not None:
         raise quarantined(label, digest, row.reason)
+
+
+def refuse_tainted(session: Session, base: BaseModelRow) -> None:
+    """Raise QuarantinedError for a base into which bytes are merged that may not be used."""
+    for digest in base.made_of or ():
+        refuse_quarantined(session, digest, base.name)
 
 
 class Lifecycle:

@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from composer.recipe import Recipe, split_reference
 from composer.sinks import storage_errors
 from registry.access import LOCAL, Principal, Role, Scope
-from registry.db import create_database_engine, migrate
+from registry.db import create_database_engine, migrate, session_scope
 from registry.interface import DEFAULT_DAYS, DEFAULT_MAX_BYTES, DEFAULT_PAGE, GRACE_DAYS, KEEP_JOBS_DAYS, Progress
 from registry.lifecycle import require_usable
 from registry.schemas import (
@@ -41,6 +41,9 @@ from registry.schemas import (
     PublishResult,
     Readiness,
     Relation,
+    SignatureInfo,
+    SignedBundle,
+    StoreCheck,
     TokenInfo,
     Verdict,
     VersionInfo,
@@ -48,12 +51,14 @@ from registry.schemas import (
 from registry.services.audit import AuditLog
 from registry.services.catalogue import Catalogue
 from registry.services.collection import Collection
+from registry.services.composed import Composed, published_name, require_publication
 from registry.services.compositions import Compositions, Prepared
 from registry.services.conversions import Conversions
 from registry.services.diagnosis import diagnose
 from registry.services.downloads import Downloads
-from registry.services.importing import Importing
+from registry.services.importing import Importing, ImportRules
 from registry.services.inspection import Inspection
+from registry.services.integrity import check_store
 from registry.services.jobs import JobService
 from registry.services.lifecycle import Lifecycle
 from registry.services.lineage import Lineage
@@ -66,12 +71,13 @@ from registry.services.received import Received
 from registry.services.repositories import Repositories
 from registry.services.repository_admin import RepositoryAdmin
 from registry.services.search import Query, Search
+from registry.services.signatures import Signatures
 from registry.services.templates import with_template_diff
 from registry.services.tokens import TokenAuthenticator, Tokens
 from registry.services.visibility import hide_private
 from registry.store.layout import Layout, default_home
 from registry.store.local import LocalStore
-from registry.store.pulling import pull_files
+from registry.store.pulling import pull_files, signature_files
 
 __all__ = ["LocalRegistry", "open_registry"]
 
@@ -104,8 +110,9 @@ class LocalRegistry:
         self.repository_admin = RepositoryAdmin(self.engine, self._catalogue, self.pushing)
         self.received = Received(self.engine)
         self._importing = Importing(layout, self._publishing)
+        self._composed = Composed(self.engine, layout, self._publishing)
         self._inspection = Inspection(self.engine, self.store)
-        self._jobs = JobService(self, slots=0)
+        self._jobs = JobService(self, slots=0, imports=ImportRules(token=True, private=True, max_bytes=1 << 62))
         self._namespaces = Namespaces(self.engine)
         self._search = Search(self.engine)
         self._lineage = Lineage(self.engine)
@@ -113,6 +120,7 @@ class LocalRegistry:
         self._lifecycle = Lifecycle(self.engine)
         self._collection = Collection(self.engine, layout)
         self._audit = AuditLog(self.engine)
+        self._signatures = Signatures(self.engine)
         self.tokens = Tokens(self.engine)
         self.downloads = Downloads(self.engine)
         self._readiness = ReadinessProbe(self.engine, layout)
@@ -222,7 +230,10 @@ class LocalRegistry:
         max_bytes: int = DEFAULT_MAX_BYTES,
         allow_private: bool = False,
         progress: Progress | None = None,
+        token: bool = True,
+        refused: str | None = None,
     ) -> ImportInfo:
+        """As the protocol says; `token` and `refused` as in Importing, for what a service was asked to fetch."""
         return self._importing.import_model(
             ref,
             name=name,
@@ -231,7 +242,22 @@ class LocalRegistry:
             max_bytes=max_bytes,
             allow_private=allow_private,
             progress=progress,
+            token=token,
+            refused=refused,
         )
+
+    def submit_import(
+        self,
+        ref: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        base: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        allow_private: bool = False,
+    ) -> JobInfo:
+        words = {"name": name, "version": version, "base": base, "max_bytes": max_bytes}
+        return self._jobs.submit_import(ref, **words, allow_private=allow_private)
 
     def list_adapters(
         self,
@@ -265,7 +291,7 @@ class LocalRegistry:
         return self._lineage.get(base)
 
     def get_version(self, ref: str) -> VersionInfo:
-        return with_template_diff(self.engine, self.store, self._catalogue.get_version(*split_reference(ref)))
+        return with_template_diff(self.engine, self.store, self._catalogue.screened_version(*split_reference(ref)))
 
     def list_versions(self, name: str, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[VersionInfo]:
         return self._catalogue.list_versions(name, limit, cursor)
@@ -289,9 +315,15 @@ class LocalRegistry:
 
     def pull(self, ref: str, out: Path, *, progress: Progress | None = None) -> VersionInfo:
         info = self.usable_version(ref)
-        pull_files(self.store, info.files, out, progress)
+        pull_files(self.store, info.files, out, progress, signature_files(info, self.signatures(ref)))
         self.count_download(info)
         return info
+
+    def signatures(self, ref: str) -> tuple[SignedBundle, ...]:
+        return self._signatures.list(*split_reference(ref))
+
+    def add_signature(self, ref: str, bundle: dict[str, Any]) -> SignatureInfo:
+        return self._signatures.add(*split_reference(ref), bundle)
 
     def count_download(self, info: VersionInfo) -> None:
         """One download of this version more; counts are written every few seconds, and when the registry is closed."""
@@ -313,9 +345,9 @@ class LocalRegistry:
     def plan(self, recipe: Recipe) -> PlanInfo:
         return self._compositions.plan(recipe)
 
-    def prepare(self, recipe: Recipe, *, accept_licences: bool = False) -> Prepared:
+    def prepare(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> Prepared:
         """A plan that compose will follow: refused where compose would refuse, with its key and pinned versions."""
-        return self._compositions.prepare(recipe, accept_licences)
+        return self._compositions.prepare(recipe, accept_licences, probe)
 
     def compose(
         self,
@@ -325,14 +357,29 @@ class LocalRegistry:
         replace: bool = False,
         accept_licences: bool = False,
         probe: str | None = None,
+        publish: str | None = None,
         progress: Progress | None = None,
         pins: tuple[str | None, ...] | None = None,
     ) -> CompositionInfo:
-        """As the protocol says; `pins`: the versions that the recipe's adapters meant when it was submitted."""
-        return self._compositions.compose(recipe, out, replace, progress, pins, accept_licences, probe)
+        if publish is not None:
+            with session_scope(self.engine, writes=True) as session:
+                require_publication(session, publish, recipe.export.value)
+        result = self._compositions.compose(recipe, out, replace, progress, pins, accept_licences, probe)
+        if publish is None:
+            return result
+        return result.model_copy(update={"published": published_name(self.publish_composed(Path(result.out), publish))})
 
-    def submit(self, recipe: Recipe, *, accept_licences: bool = False) -> JobInfo:
-        return self._jobs.submit(recipe, accept_licences=accept_licences)
+    def publish_composed(
+        self, folder: Path, name: str, *, progress: Progress | None = None
+    ) -> BaseInfo | PublishResult:
+        """Make the composition in `folder` a base, or an adapter, of that name."""
+        return self._composed.publish(folder, name, progress)
+
+    def submit_publication(self, job_id: str, name: str) -> JobInfo:
+        return self._jobs.submit_publication(job_id, name)
+
+    def submit(self, recipe: Recipe, *, accept_licences: bool = False, probe: str | None = None) -> JobInfo:
+        return self._jobs.submit(recipe, accept_licences=accept_licences, probe=probe)
 
     def list_jobs(
         self, *, state: JobState | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -418,3 +465,6 @@ class LocalRegistry:
 
     def doctor(self) -> tuple[DoctorCheck, ...]:
         return diagnose(self.engine, self.layout)
+
+    def verify_store(self, *, repair: bool = False, progress: Progress | None = None) -> StoreCheck:
+        return check_store(self, repair=repair, progress=progress)

@@ -19,6 +19,7 @@ from registry.models import AdapterRow, MemberRow, RepositoryRow
 from registry.names import DEFAULT_NAMESPACE, subject_name, valid_name
 from registry.schemas import Member, NamespaceInfo, Page
 from registry.services.audit import acting, record
+from registry.services.name_checks import refuse_confusable
 
 __all__ = ["Namespaces", "hidden_adapters", "hidden_repositories", "require_role"]
 
@@ -51,7 +52,10 @@ def _hidden(table: Any, principal: Principal) -> Select[tuple[int]]:
 
 
 def require_role(session: Session, namespace: str, role: Role, *, claim: bool = False) -> None:
-    """Raise ForbiddenError unless the acting principal has at least `role`; with `claim`, a free namespace is taken."""
+    """Raise ForbiddenError unless the acting principal has at least `role`; with `claim`, a free namespace is taken.
+
+    Raises ConfusableNameError where that one could be mistaken for a namespace of others.
+    """
     principal = acting(session)
     if principal.is_admin:
         return
@@ -62,6 +66,7 @@ def require_role(session: Session, namespace: str, role: Role, *, claim: bool = 
     if within and held is not None and ORDER.index(Role(held.role)) >= ORDER.index(role):
         return
     if within and claim and namespace != DEFAULT_NAMESPACE and not _taken(session, namespace):
+        refuse_confusable(session, namespace, principal.subject)
         session.add(MemberRow(namespace=namespace, subject=principal.subject, role=Role.OWNER.value))
         record(session, "namespace.claim", namespace)
         return

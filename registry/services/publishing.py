@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from composer.errors import IncompatibleError, NonFiniteError, UsageError
 from composer.files import FileSet
 from composer.finite import count_nonfinite
 from composer.provenance import manifest_digest
+from composer.screening import Measurement, measure
 from composer.templates import chat_templates, template_diff
-from composer.tensors import DTYPES
+from composer.tensors import DTYPES, TensorSpec
 from registry.access import Role, Scope
 from registry.claims import FINGERPRINT, Card, claim_from_folder, claim_of, fingerprint_folder, read_card
 from registry.compat import BaseClaim, assess
@@ -50,12 +52,15 @@ from registry.models import (
 from registry.names import Version, adapter_name, base_name, slug
 from registry.preflight import adapter_advice
 from registry.schemas import BaseCheck, BaseInfo, Level, PublishResult, Relation
+from registry.screening import alarms
 from registry.services.audit import acting, record
 from registry.services.blobs import require_blobs
 from registry.services.catalogue import LATEST, base_facts, base_info, find_base, refresh_latest, version_info
 from registry.services.lifecycle import refuse_quarantined
 from registry.services.lineage import set_parent
+from registry.services.name_checks import name_warnings
 from registry.services.namespaces import require_role
+from registry.services.screening import screen_version
 from registry.store.local import LocalStore
 from registry.words import index_text
 
@@ -94,8 +99,10 @@ class Publishing:
         relation: Relation | None,
         license: str | None,
         progress: Progress | None,
+        *,
+        made_of: Sequence[str] | None = None,
     ) -> BaseInfo:
-        """Fingerprint a checkpoint and register it where it lies.
+        """Fingerprint a checkpoint and register it where it lies. `made_of`: digests of adapters merged into it.
 
         The same weights again are a no-op, or move the base to `folder` where its old files are gone.
 
@@ -118,7 +125,7 @@ class Publishing:
         fingerprint = fingerprint_checkpoint(
             checkpoint, (lambda done, total: progress("fingerprinting", done, total)) if progress else None
         )
-        return self._register(folder, name, checkpoint, fingerprint, parent, relation, license)
+        return self._register(folder, name, checkpoint, fingerprint, parent, relation, license, made_of=made_of)
 
     def _register(
         self,
@@ -131,12 +138,14 @@ class Publishing:
         license: str | None,
         *,
         moves: bool = False,
+        made_of: Sequence[str] | None = None,
     ) -> BaseInfo:
         """One transaction. moves: whether a base that is registered already moves to `folder`, wherever it lies."""
         kept, unsafe = split_unsafe(checkpoint.files)
         paths = {file: checkpoint.files[file] for file in kept}
         admit(paths)
         warnings = tuple(left_out(unsafe))
+        warnings += tuple(_nonfinite_of(checkpoint.stored.values(), "NaN or infinite values in the weights"))
         files = [(file, path, self._store.chunks.measure(path)[0]) for file, path in paths.items()]
         with session_scope(self._engine, writes=True) as session:
             same = session.scalar(select(BaseModelRow).where(BaseModelRow.fingerprint == fingerprint.identity))
@@ -159,6 +168,7 @@ class Publishing:
                 return base_info(same, len(same.tensors)).model_copy(update={"warnings": warnings})
             row = same or BaseModelRow(name=name, fingerprint=fingerprint.identity)
             _fill_base(row, folder, checkpoint, fingerprint)
+            row.made_of = list(made_of) if made_of is not None else row.made_of
             row.license = license or read_card(checkpoint.files.get("README.md")).license or row.license
             row.files = (
                 [
@@ -247,6 +257,7 @@ class Publishing:
         claim = self._claim(adapter, card, base, warnings, read_paths=read_paths, progress=progress)
         known = self._check_base(adapter, claim, warnings)
         advice = adapter_advice(f"{namespace}/{short}", adapter, **(known or {}))
+        measured = measure(adapter)
         template = _template(chosen, known, warnings)
         for attempt in range(ATTEMPTS):  # two publishers at a time, or a collection, may be in each other's way
             files = self._store_files(chosen, progress)
@@ -257,7 +268,7 @@ class Publishing:
                     require_blobs(session, self._store, {entry.name: entry.sha256 for entry in files})
                     result = self._insert(
                         session, (namespace, short), wanted, digest, files, adapter, claim, card,
-                        license, tags, description, private, said,
+                        license, tags, description, private, said, measured,
                     )  # fmt: skip
                     return result.model_copy(update={"advice": tuple(advice), "chat_template_diff": template})
             except CollectedError:
@@ -365,6 +376,7 @@ class Publishing:
         description: str | None,
         private: bool | None,
         warnings: list[str],
+        measured: Measurement,
     ) -> PublishResult:
         namespace, short = name
         require_role(session, namespace, Role.PUBLISHER)
@@ -385,6 +397,7 @@ class Publishing:
                 private = repository is not None and repository.private
             elif repository is not None:
                 repository.private = private
+            warnings.extend(name_warnings(session, namespace, short))
             owner = AdapterRow(namespace=namespace, name=short, private=private)
             session.add(owner)
             session.flush()
@@ -424,7 +437,7 @@ class Publishing:
         if same is not None:
             if claim.fingerprint != same.base_fingerprint:
                 warnings.append(f"{owner.full_name}@{same.version} keeps the base it was published with")
-            return PublishResult(version=version_info(session, same), created=False, warnings=tuple(warnings))
+            return _published(session, same, warnings, created=False)
         signature = adapter.signature
         text = description if description is not None else card.description
         labels = tuple(dict.fromkeys((*tags, *card.tags)))
@@ -452,6 +465,7 @@ class Publishing:
             ),
             signature=_signature(session, signature.targets),
             task=_short(adapter.config.get("task_type"), 50),
+            screening=measured.as_json(),
             files=files,
             labels=[VersionTagRow(tag=tag) for tag in labels if len(tag) <= 200],
         )
@@ -459,7 +473,15 @@ class Publishing:
         record(session, "publish", f"{owner.full_name}@{row.version}", digest=digest, base=claim.fingerprint)
         refresh_latest(session, owner.id)
         session.refresh(row)
-        return PublishResult(version=version_info(session, row), created=True, warnings=tuple(warnings))
+        return _published(session, row, warnings, created=True)
+
+
+def _published(session: Session, row: VersionRow, warnings: list[str], *, created: bool) -> PublishResult:
+    """The version with its screening, whose alarms are warnings too."""
+    screening = screen_version(session, row)
+    info = version_info(session, row).model_copy(update={"screening": screening})
+    told = (*warnings, *alarms(f"{info.name}@{info.version}", screening))
+    return PublishResult(version=info, created=created, warnings=told)
 
 
 def _check_no_adapter(session: Session, name: str) -> None:
@@ -539,10 +561,10 @@ def _merged_files(row: BaseModelRow, files: list[tuple[str, Path, str]]) -> list
 
 def _nonfinite(adapter: Adapter, allowed: bool) -> list[str]:
     """A warning on tensors that hold NaN or infinity. Raises NonFiniteError for the first, unless `allowed`."""
-    found = []
+    if allowed:
+        return _nonfinite_of(adapter.header.tensors.values(), "NaN or infinite values, so that it cannot be composed")
     for spec in adapter.header.tensors.values():
-        count = count_nonfinite(spec)
-        if count and not allowed:
+        if count := count_nonfinite(spec):
             raise NonFiniteError(
                 f"{spec.path.name}: {spec.name} holds {count} values that are NaN or infinite",
                 expected="finite numbers",
@@ -550,13 +572,13 @@ def _nonfinite(adapter: Adapter, allowed: bool) -> list[str]:
                 remedy="the training diverged: publish an earlier step, or keep it with --allow-nonfinite",
                 tensor=spec.name,
             )
-        if count:
-            found.append(f"{spec.name} ({count})")
-    if not found:
-        return []
-    return [
-        f"NaN or infinite values in {len(found)} tensors, so that it cannot be composed: {', '.join(found[:SHOWN])}"
-    ]
+    return []
+
+
+def _nonfinite_of(specs: Iterable[TensorSpec], what: str) -> list[str]:
+    found = [f"{spec.name} ({count})" for spec in specs if (count := count_nonfinite(spec))]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return [f"{what}: {', '.join(found[:SHOWN])}{more}"] if found else []
 
 
 def _template(files: FileSet, known: dict[str, Any] | None, warnings: list[str]) -> str | None:

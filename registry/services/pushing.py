@@ -8,10 +8,8 @@ yet, or goes to another branch, is kept as a draft.
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,7 @@ from sqlalchemy.orm import Session
 from composer.adapters import open_adapter
 from composer.admission import refuse_unsafe
 from composer.errors import CorruptFileError, NotFoundError, PolicyError, UsageError
-from composer.files import FileSet
-from composer.sinks import fsync_tree, storage_errors
+from composer.sinks import storage_errors
 from registry.access import Role
 from registry.claims import read_card
 from registry.db import session_scope
@@ -33,6 +30,7 @@ from registry.models import BaseModelRow, CommitFileRow, CommitRow, RefRow, Repo
 from registry.names import DEFAULT_NAMESPACE
 from registry.pushes import CARD, CONFIG, Holding, base_reference, complete_card, complete_config, holding
 from registry.schemas import FileInfo
+from registry.services.base_files import link_files
 from registry.services.blobs import require_blobs
 from registry.services.catalogue import find_version
 from registry.services.namespaces import require_role
@@ -168,7 +166,7 @@ class Pushing:
             raise PolicyError(
                 f"{before.repository} is a base that was registered from a folder of the service's machine",
                 expected="a repository that was pushed",
-                found=before.base.location if before.base else lacking[0],
+                found=lacking[0],
                 remedy="push to another name",
             )
 
@@ -223,7 +221,7 @@ class Pushing:
         if kind is Holding.BASE and place.adapter is None:
             if place.private:
                 raise private_base(place.name)
-            folder = self._link(paths)
+            folder = link_files(self._layout, paths)
             try:
                 base = self._publishing.add_pushed_base(folder, place.name)
             except BaseException:
@@ -288,20 +286,6 @@ class Pushing:
             except NotFoundError:
                 return None
         return base.fingerprint if base else None
-
-    def _link(self, paths: FileSet) -> Path:
-        """A new folder of links to blobs, for a base is read where it lies."""
-        folder = self._layout.uploads / uuid.uuid4().hex / "files"
-        with storage_errors("making room for a base"):
-            for name, path in paths.items():
-                place = folder / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path, place)
-                except OSError:  # another file system
-                    shutil.copyfile(path, place)
-            fsync_tree(folder.parent)
-        return folder
 
     @staticmethod
     def _nouns(session: Session, name: str, outcome: _Outcome) -> tuple[int | None, int | None]:

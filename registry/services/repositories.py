@@ -34,6 +34,7 @@ from registry.names import Version, adapter_name
 from registry.schemas import BaseInfo, FileInfo, VersionInfo
 from registry.services.base_files import unchanged_files
 from registry.services.catalogue import LATEST, base_info, find_version, version_info
+from registry.services.lifecycle import refuse_tainted
 from registry.store.chunks import damaged
 from registry.store.local import LocalStore
 
@@ -154,7 +155,7 @@ def _snapshot_at(session: Session, place: Located, revision: str) -> Snapshot:
     if COMMIT.fullmatch(revision) and (found := _by_commit(session, place, revision)):
         return found
     if place.base and revision == place.base.fingerprint:
-        return _of_base(place, place.base)
+        return _of_base(session, place, place.base)
     if place.adapter:
         wanted = revision[1:] if revision.startswith("v") and Version.matches(revision[1:]) else revision
         for text in dict.fromkeys((revision, wanted)):
@@ -186,7 +187,7 @@ def _head(session: Session, place: Located) -> Snapshot:
     if ref is not None:
         return _of_commit(session, place, ref.commit)
     if place.base:
-        return _of_base(place, place.base)
+        return _of_base(session, place, place.base)
     created = place.repository.created_at if place.repository else None
     return Snapshot(place.name, commit_id(()), {}, created)
 
@@ -209,7 +210,7 @@ def _by_commit(session: Session, place: Located, oid: str) -> Snapshot | None:
             select(VersionRow).where(VersionRow.adapter_id == place.adapter.id, same).order_by(*LATEST).limit(1)
         )
         return _of_version(session, place, version, version.digest) if version else None
-    if place.base and (found := _of_base(place, place.base)).commit == oid:
+    if place.base and (found := _of_base(session, place, place.base)).commit == oid:
         return found
     return None
 
@@ -217,6 +218,8 @@ def _by_commit(session: Session, place: Located, oid: str) -> Snapshot | None:
 def _of_commit(session: Session, place: Located, row: CommitRow) -> Snapshot:
     version = session.get(VersionRow, row.version_id) if row.version_id else None
     base = session.get(BaseModelRow, row.base_id) if row.base_id else None
+    if base:
+        refuse_tainted(session, base)
     if version:
         require_usable(version, f"{place.name}@{version.version}", version.digest)
     return Snapshot(
@@ -236,7 +239,8 @@ def _of_version(session: Session, place: Located, row: VersionRow, asked: str | 
     return Snapshot(place.name, info.digest[7:47], {f.name: f for f in info.files}, row.created_at, version=info)
 
 
-def _of_base(place: Located, row: BaseModelRow) -> Snapshot:
+def _of_base(session: Session, place: Located, row: BaseModelRow) -> Snapshot:
+    refuse_tainted(session, row)
     files = [FileInfo(name=file.name, size=file.size, sha256=file.sha256) for file in row.files]
     info = base_info(row, len(row.tensors))
     return Snapshot(place.name, commit_id(files), {f.name: f for f in files}, row.created_at, base=info)

@@ -1,8 +1,9 @@
-"""A version's files into a new folder, each checked against its digest on the way."""
+"""A version's files into a new folder, each checked against its digest on the way, with its signatures beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from composer.errors import ConflictError
@@ -10,14 +11,30 @@ from composer.sinks import FolderSink, storage_errors
 from composer.tensors import COPY_BYTES
 from registry.errors import BlobCorruptError
 from registry.interface import Progress
-from registry.schemas import FileInfo
+from registry.schemas import FileInfo, SignedBundle, VersionInfo
+from registry.signing import MODEL_SIG
 from registry.store.local import LocalStore
 
-__all__ = ["pull_files"]
+__all__ = ["pull_files", "signature_files"]
 
 
-def pull_files(store: LocalStore, files: Sequence[FileInfo], out: Path, progress: Progress | None) -> None:
-    """Copy `files` out of the store into the new folder `out`.
+def signature_files(info: VersionInfo, signatures: Sequence[SignedBundle]) -> dict[str, bytes]:
+    """The signatures of a version as files beside its own: model.sig, and model-<key>.sig for each further one."""
+    found = {
+        f"model-{item.key[:8]}.sig" if index else MODEL_SIG: (json.dumps(item.bundle) + "\n").encode()
+        for index, item in enumerate(signatures)
+    }
+    return {name: data for name, data in found.items() if name not in {file.name for file in info.files}}
+
+
+def pull_files(
+    store: LocalStore,
+    files: Sequence[FileInfo],
+    out: Path,
+    progress: Progress | None,
+    beside: Mapping[str, bytes],
+) -> None:
+    """Copy `files` out of the store into the new folder `out`, and write what goes `beside` them.
 
     Raises ConflictError when `out` exists, BlobCorruptError when a stored file is not what it was; `out` is not made.
     """
@@ -43,4 +60,6 @@ def pull_files(store: LocalStore, files: Sequence[FileInfo], out: Path, progress
                     found=writer.sha256,
                     remedy="restore the store from a backup, or publish the version again from its source",
                 )
+        for name, data in beside.items():
+            sink.write(name, data)
         sink.commit()

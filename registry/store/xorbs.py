@@ -18,7 +18,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,15 +135,27 @@ class XorbStore:
             place.unlink()
             fsync_folder(place.parent)
 
+    def is_whole(self, name: str) -> bool:
+        """Whether the chunks of a xorb that is here, as it is or in blobs, are those that it is named after."""
+        try:
+            if self._place(name).is_file():
+                with self._place(name).open("rb") as file:
+                    return xorb_hash(file) == name
+            count = len(_read_places(self._layout.xorb_places(name)))
+            return _root(self._from_blobs(name, 0, count)) == name
+        except (CorruptFileError, NotFoundError):
+            return False
+
     def _placed(self, name: str) -> bool:
         """Whether the chunks of a xorb are known to lie in blobs, and these are there."""
         place = self._layout.xorb_places(name)
-        return place.is_file() and all(self._layout.blob(sha256).is_file() for sha256 in _blobs(place))
+        places = _read_places(place)
+        return bool(places) and all(self._layout.blob(sha256).is_file() for sha256, _, _ in places)
 
     def _from_blobs(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         if not self._placed(name):
             raise missing_xorb(name)
-        places = json.loads(self._layout.xorb_places(name).read_bytes())
+        places = _read_places(self._layout.xorb_places(name))
         _check_range(name, start, stop, len(places))
         for sha256, offset, length in places[start:stop]:
             with self._layout.blob(sha256).open("rb") as file:
@@ -171,15 +183,25 @@ def collect_places(layout: Layout, before: float) -> int:
     removed = 0
     for place in layout.xorbs.glob("??/*.places"):
         stat = place.stat()
-        if stat.st_mtime < before and not all(layout.blob(sha256).is_file() for sha256 in _blobs(place)):
+        blobs = {sha256 for sha256, _, _ in _read_places(place)}
+        if stat.st_mtime < before and not (blobs and all(layout.blob(sha256).is_file() for sha256 in blobs)):
             place.unlink()
             removed += stat.st_size
     return removed
 
 
-def _blobs(place: Path) -> set[str]:
-    """The blobs that hold the chunks of a xorb."""
-    return {sha256 for sha256, _, _ in json.loads(place.read_bytes())}
+def _read_places(place: Path) -> list[tuple[str, int, int]]:
+    """Where the chunks of a xorb lie: blob, offset, length. Nothing where it is not known, or damaged."""
+    try:
+        entries = json.loads(place.read_bytes())
+        found = [(sha256, offset, length) for sha256, offset, length in entries]
+    except (FileNotFoundError, ValueError, TypeError):
+        return []
+    is_place = all(
+        HASH.fullmatch(str(sha256)) and type(offset) is int is type(length) and min(offset, length) >= 0
+        for sha256, offset, length in found
+    )
+    return found if is_place and all(length <= MAX_CHUNK for _, _, length in found) else []
 
 
 def _check_range(name: str, start: int, stop: int, count: int) -> None:
@@ -234,10 +256,11 @@ def _gathered(data: bytes) -> bytes:
 
 def xorb_hash(file: BinaryIO) -> str:
     """The hash of the xorb in `file`."""
-    nodes = []
-    for chunk in _index(file):
-        data = _read(file, chunk)
-        nodes.append((blake3(data, key=LEAF_KEY).digest(), len(data)))
+    return _root(_read(file, chunk) for chunk in _index(file))
+
+
+def _root(chunks: Iterable[bytes]) -> str:
+    nodes = [(blake3(data, key=LEAF_KEY).digest(), len(data)) for data in chunks]
     if not nodes:
         raise CorruptFileError("a xorb without chunks", expected="chunks", found="none")
     while len(nodes) > 1:

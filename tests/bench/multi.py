@@ -158,7 +158,7 @@ def against_merged(case: Case, work: Path, count: int) -> Iterator[str]:
     merged = open_session(case.base / MODEL_FILE, threads=1)
     separate = open_session(case.separate(work / "separate") / MODEL_FILE, threads=1)
     multi = open_session(case.multi(work / "multi") / MODEL_FILE, threads=1)
-    batches = {"1": ["0"], **{f"8, {many} adapters": [str(n % many) for n in range(8)] for many in (1, 2, 4, 8)}}
+    batches = {"1": ["0"], **{f"8, of {many} adapters": [str(n % many) for n in range(8)] for many in (1, 2, 4, 8)}}
     for label, rows in batches.items():
         steps = {
             "merged": stepper(merged, len(rows)),
@@ -192,14 +192,15 @@ def by_number(base: Path, work: Path, numbers: tuple[int, ...], count: int) -> I
 @click.command()
 @click.option("--layers", default=30, show_default=True)
 @click.option("--steps", default=20, show_default=True, help="Of each that is compared.")
+@click.option("--base", type=click.Path(path_type=Path), help="A folder composed with --export onnx, in its place.")
 @click.option("--work", type=click.Path(path_type=Path), help="A folder for 3 GB of files; default: a temporary one.")
-def main(layers: int, steps: int, work: Path | None) -> None:
+def main(layers: int, steps: int, base: Path | None, work: Path | None) -> None:
     """Print two tables."""
     numbers = (5, 100, 1000)
     folder = Path(tempfile.mkdtemp(prefix="multi-", dir=work))
     try:
-        base = make_base(folder / "base", layers)
-        click.echo("| rows of a batch | merged, ms a step | separate ÷ merged | multi ÷ merged |\n|---|---|---|---|")
+        base = base or make_base(folder / "base", layers)
+        click.echo("| rows of a batch | merged, ms a step | speed of separate | speed of multi |\n|---|---|---|---|")
         for line in against_merged(Case(base, 8, 16, ALL_LINEAR), folder, steps):
             click.echo(line)
         heads = " | ".join(f"{number} present" for number in numbers)

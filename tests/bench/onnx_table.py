@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-__all__ = ["COLUMNS", "PAGE", "read_table"]
+__all__ = ["COLUMNS", "INTRODUCTION", "PAGE", "read_table"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 # Column → flavour and dtype
@@ -28,7 +28,8 @@ INTRODUCTION = """\
 published. The graph is traced once per configuration, without weights, and kept under `REGISTRY_HOME/graphs`; after
 that, an export binds it to the new weights in milliseconds and spends its time on the verification.
 
-- **Portable** is the flavour: standard operators, a KV cache, dynamic batch and sequence, padding on the left for models
+- **Portable** is the flavour of this table ([the flavour genai, arithmetic in float16 and bfloat16, and quantised
+  matrices](onnx-variants.md) are made of the same graphs): standard operators, a KV cache, dynamic batch and sequence, padding on the left for models
   that generate and on the right for encoders. `position_ids` is an input where the model takes positions at all;
   Bloom computes them from the mask.
 - **Dtypes** are those that weights are stored in. Inputs, outputs and arithmetic are float32 for all of them: bfloat16
@@ -45,12 +46,13 @@ that, an export binds it to the new weights in milliseconds and spends its time 
 An architecture that is not in the table; models with code of their own (`auto_map`); quantised weights (compose from
 the base they were made of); rotary embeddings that depend on the length of the sequence (`dynamic`, `longrope`);
 other decoders with cross-attention than those of the table, and encoders that are configured as decoders; experts with
-another activation than SiLU; an encoder-decoder whose adapters are to be kept apart.
+another activation than SiLU; an encoder-decoder whose adapters are to be kept apart, or that is to be quantised, computed
+in half precision or made for onnxruntime-genai.
 Weights that do not fit the graph are refused when they are bound, by the names of their tensors.
 
 ## Measured
 
-Written by `python -m tests.bench.onnx_table`. Tiny random models (hidden size 16 to 32, one or two layers) on
+Written by `python -m tests.bench.onnx_table`. Tiny random models (hidden size 32, one or two layers) on
 ONNX Runtime's CPU provider: the largest difference from torch in float32 over one prompt, a padded batch and, for models
 that generate, a prefill in two parts (of encoder-decoders: of several tokens) and 8 tokens decoded with the cache. *Allowed* is what the export accepts, 2e-5 of
 the largest value that torch gives. CUDA: not measured, no device was at hand.

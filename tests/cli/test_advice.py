@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import add_words
+
 LLAMA = Path(__file__).parents[1] / "fixtures" / "bottlenecks" / "llama"
 CODES = ["bottlenecks-add-latency", "few-training-examples"]
 
@@ -36,14 +38,7 @@ def test_advice_is_given_by_publish_plan_and_compose(run: Any, service: str, rem
 
 def test_a_probe_is_recorded_printed_and_part_of_what_a_composition_is(run: Any, tmp_path: Path) -> None:
     """The same text again finds the result there; another text, or none, is another composition."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    base = tmp_path / "base"
-    shutil.copytree(LLAMA / "base", base)
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(24)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(base)
+    base = add_words(shutil.copytree(LLAMA / "base", tmp_path / "base"), 24)
     Path("text.txt").write_text("w1 w2 w3 w4 w5 w6")
     compose = ("compose", f"{base}+{LLAMA / 'lora'}", "--allow", "shape", "-o", "out")
     lines = run(*compose, "--probe", "text.txt").stdout
@@ -52,6 +47,3 @@ def test_a_probe_is_recorded_printed_and_part_of_what_a_composition_is(run: Any,
     assert json.loads(run(*compose, "--probe", "text.txt", "--format", "json").stdout)["cached"]
     assert "already exists" in run(*compose, code=7).stderr
     assert "cannot be read" in run(*compose, "--probe", "none.txt", code=2).stderr
-    assert run("--url", "http://127.0.0.1:9", *compose, "--probe", "text.txt", code=2).stderr.startswith(
-        "error: a text"
-    )

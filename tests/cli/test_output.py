@@ -12,7 +12,7 @@ from cli.compose import default_out
 from cli.output import block, clean, short, size, table
 from cli.progress import ProgressLine
 from cli.reference import render
-from composer.recipe import Allow, BasePrecision, Dtype, Export, parse_recipe
+from composer.recipe import Allow, BasePrecision, Compute, Dtype, Export, Flavour, OnnxQuantise, parse_recipe
 from registry.schemas import Level, Relation
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
@@ -28,6 +28,9 @@ def test_choices_are_the_enums() -> None:
     assert list(options.DTYPES) == list(Dtype)
     assert list(options.EXPORTS) == list(Export)
     assert list(options.ALLOW) == list(Allow)
+    assert list(options.FLAVOURS) == list(Flavour)
+    assert list(options.COMPUTE) == list(Compute)
+    assert list(options.ONNX_QUANTISE) == list(OnnxQuantise)
     assert list(options.PRECISIONS) == list(BasePrecision)
     assert list(options.RELATIONS) == list(Relation)
     assert [*options.LEVELS, "incompatible"] == list(Level)
@@ -69,6 +72,11 @@ def test_clean_keeps_letters_of_any_script() -> None:
     [
         ("smollm2+team/shout@1.0.0:0.7", {}, "smollm2+shout"),
         ("smollm2+shout+team/json", {"export": Export.ONNX}, "smollm2+shout+json-onnx"),
+        (
+            "b",
+            {"export": "onnx", "flavour": "genai", "compute": "fp16", "onnx_quantise": "int8"},
+            "b-onnx-genai-fp16-int8",
+        ),
         ("tiny+a+b", {"export": Export.ONNX, "placement": "separate"}, "tiny+a+b-onnx-separate"),
         ("tiny+a+b", {"export": Export.ONNX, "placement": "multi"}, "tiny+a+b-onnx-multi"),
         ("./models/tiny/+/x/y/fr", {"dtype": Dtype.FP16}, "tiny+fr-fp16"),

@@ -17,7 +17,6 @@ from composer.errors import (
     NonFiniteError,
     NotFoundError,
     TypedError,
-    UnsupportedAdapterError,
     UnsupportedArchitectureError,
     UsageError,
 )
@@ -25,7 +24,7 @@ from composer.loading import load_model
 from composer.probe import perplexity, probe_digest
 from composer.recipe import Export
 from composer.run import compose
-from tests.support import edit_json, plan_folders, write_tensors
+from tests.support import add_words, edit_json, plan_folders
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bottlenecks"
 LLAMA = FIXTURES / "llama"
@@ -35,15 +34,8 @@ TEXT = " ".join(f"w{index % 7}" for index in range(30))
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a tokenizer of 24 words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("probe") / "base"
-    shutil.copytree(LLAMA / "base", folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(23)} | {"?": 23}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
-    return folder
+    return add_words(shutil.copytree(LLAMA / "base", folder), 24)
 
 
 def ids() -> torch.Tensor:
@@ -96,6 +88,32 @@ def test_both_perplexities_are_in_the_record(case: str, export: Export, base: Pa
     assert compose(plan, tmp_path / "again", text=TEXT).record == record
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+@pytest.mark.parametrize("window", [12, 512])
+def test_virtual_tokens_stand_before_every_window(
+    kind: str, window: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of PEFT's live model on the same windows; from words of the vocabulary, and from files."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    monkeypatch.setattr(probing, "WINDOW", window)
+    torch.manual_seed(3)
+    cls = PromptTuningConfig if kind == "PROMPT_TUNING" else PrefixTuningConfig
+    live = get_peft_model(load_model(base), cls(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    live.save_pretrained(tmp_path / "adapter")
+    total = 0.0
+    with torch.no_grad():
+        for part in ids().split(window, dim=1):
+            logits = live(input_ids=part, attention_mask=torch.ones_like(part)).logits[0, -part.shape[1] : -1]
+            total += float(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum"))
+    for export in [Export.BUNDLE] + [Export.SAFETENSORS] * (kind == "PROMPT_TUNING"):
+        plan = plan_folders(base, [(tmp_path / "adapter", 1.0)], export=export)
+        found = compose(plan, tmp_path / export, text=TEXT).record["probe"]
+        assert found["tokens"] == 30 - len(ids().split(window, dim=1))
+        assert math.isclose(found["perplexity"]["composed"], math.exp(total / found["tokens"]), rel_tol=1e-5)
+        assert not math.isclose(found["perplexity"]["base"], found["perplexity"]["composed"], rel_tol=1e-3)
+
+
 def test_a_composition_without_adapters_changes_nothing(base: Path, tmp_path: Path) -> None:
     """Both numbers are one."""
     found = compose(plan_folders(base), tmp_path / "out", text=TEXT).record["probe"]["perplexity"]
@@ -110,19 +128,13 @@ def refused(error: type[TypedError], message: str, plan: Any, out: Path, text: s
 
 
 def test_what_has_no_perplexity_is_refused(base: Path, tmp_path: Path) -> None:
-    """An encoder, a LoRA alone, no tokenizer, virtual tokens, a text of one token, a model of NaN."""
+    """An encoder, a LoRA alone, no tokenizer, a text of one token, a model of NaN."""
     lora = [(LLAMA / "lora", 1.0)]
     out = tmp_path / "out"
     refused(UnsupportedArchitectureError, "BertModel", plan_folders(FIXTURES / "bert-encoder" / "base"), out)
     refused(UsageError, "LoRA alone", plan_folders(base, lora, export=Export.PEFT), out)
     refused(NotFoundError, "no tokenizer", plan_folders(LLAMA / "base", lora), out)
     refused(UsageError, "1 tokens", plan_folders(base, lora), out, text="w1")
-    prompt = tmp_path / "prompt"
-    write_tensors(prompt / "adapter_model.safetensors", {"prompt_embeddings": torch.ones(3, 16).numpy()})
-    fields = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "token_dim": 16,
-              "num_layers": 2, "num_attention_heads": 2}  # fmt: skip
-    (prompt / "adapter_config.json").write_text(json.dumps(fields))
-    refused(UnsupportedAdapterError, "virtual tokens", plan_folders(base, [(prompt, 1.0)], export=Export.BUNDLE), out)
     shutil.copytree(base, tmp_path / "broken")
     tensors = load_file(tmp_path / "broken" / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")

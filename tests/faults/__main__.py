@@ -56,7 +56,7 @@ def main() -> int:
                 contests += [item.row for item in found]
                 told = [words for item in found for words in (*item.wrong, *item.errors)]
         wrong += told
-        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {len(told)} things wrong, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         for words in told:
             print(f"  {words}", file=sys.stderr, flush=True)
     for headings, rows in ((HEADINGS, kills), (WRITER_HEADINGS, contests)):

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from fastapi.testclient import TestClient
 
 from composer.errors import StorageError
 from composer.recipe import parse_recipe
+from registry.api.app import create_app
 from registry.errors import RepositoryExistsError
+from registry.services.jobs import JobService
 from registry.services.local import open_registry
 from registry.services.pushing import Put
 from tests.faults.composing import RECIPES, incomplete
@@ -105,6 +109,45 @@ def test_an_fsync_that_fails_is_a_typed_error(
 def digests_of(out: Path) -> set[str]:
     """The digest of the composition that a record names."""
     return {json.loads((out / "composition.json").read_text())["output_digest"]}
+
+
+def upload(shelf: Shelf, folder: Path) -> str:
+    """Send a new base over REST."""
+    source = make_base(folder / "pushed", size=64)
+    parts = [("files", (path.name, path.read_bytes())) for path in sorted(source.iterdir())]
+    app = create_app(shelf.registry, JobService(shelf.registry, slots=0))
+    answer = TestClient(app).post("/api/v1/bases", data={"name": "sent"}, files=parts)
+    assert answer.status_code == 201, answer.text
+    return "team/a@1.0.0"
+
+
+@pytest.mark.parametrize("operation", [publish, push, compose, upload], ids=lambda function: function.__name__)
+def test_what_is_acknowledged_was_made_durable_first(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Shelf, Path], str]
+) -> None:
+    """Each new file and each folder that holds one is fsynced after its last change, before the row is committed."""
+    fsync, events = os.fsync, []
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        stat = os.fstat(descriptor)
+        events.append((stat.st_ino, stat.st_mtime_ns))
+
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(os, "fsync", noted)
+    sa.event.listen(shelf.registry.engine, "commit", lambda *_: events.append("commit"))
+    operation(shelf, tmp_path)
+    told = len(events) - events[::-1].index("commit")
+    made = [
+        path
+        for place in (shelf.registry.layout.blobs, shelf.registry.layout.uploads, tmp_path / "out")
+        for path in (place, *place.rglob("*"))
+        if path.exists() and path not in before
+    ]
+    assert made
+    for path in {*made, *(path.parent for path in made if path.parent != tmp_path / "home")}:
+        stat = path.stat()
+        assert (stat.st_ino, stat.st_mtime_ns) in events[:told], path
 
 
 def limited(size: int, *words: str) -> None:

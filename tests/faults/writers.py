@@ -1,6 +1,6 @@
 """Many publishers at once, each a process of its own, on one catalogue.
 
-In every round all of them publish other bytes under the same new version, which one of them gets; then each publishes
+All of them open a registry that is not there yet. In every round all of them publish other bytes under the same new version, which one of them gets; then each publishes
 bytes of its own without naming a version, to an adapter that all share, and to an adapter of its own.
 """
 
@@ -45,13 +45,14 @@ class Contest:
 
 def contest(folder: Path, writers: int, rounds: int, database_url: str | None = None) -> Contest:
     """Let them publish, and look at what is in the catalogue afterwards."""
-    shelf = Shelf(folder / "home", database_url)
+    home = folder / "home"
     barrier = CONTEXT.Barrier(writers)
     running = [
-        Victim(folder / f"writer{number}", write, str(shelf.home), database_url, number, rounds, barrier)
+        Victim(folder / f"writer{number}", write, str(home), database_url, number, rounds, barrier)
         for number in range(writers)
     ]
     told = [json.loads(line) for victim in running for line in victim.end(HOURS).output.splitlines()]
+    shelf = Shelf(home, database_url)
     winners = Counter(said["version"] for said in told if said["what"] == "won")
     shelf.wanted = {said["version"]: said["files"] for said in told if said["files"]}
     published = [said["version"] for said in told if said["files"]]
@@ -76,6 +77,7 @@ def write(home: str, database_url: str | None, number: int, rounds: int, barrier
     from registry.errors import VersionTakenError
     from registry.services.local import open_registry
 
+    barrier.wait(HOURS)
     registry = open_registry(Path(home), database_url)
     source = Path(home).parent / f"writer{number}" / "source"
     for index in range(rounds):

@@ -19,7 +19,7 @@ import click
 
 from tests.fuzz.mutations import DICTIONARY, MAX_SIZE, mutate
 
-NAMES = ("safetensors", "adapter-config", "index", "gguf", "recipe", "tokenizer", "xet")
+NAMES = ("safetensors", "adapter-config", "index", "config", "gguf", "recipe", "tokenizer", "xet")
 MEMORY = 2 << 30
 INPUT_S = 20
 PACKAGES = ("composer", "registry")

@@ -22,9 +22,11 @@ from composer.errors import TypedError
 from composer.finite import count_nonfinite
 from composer.gguf import read_gguf
 from composer.recipe import load_recipe, parse_recipe
+from composer.sizes import model_sizes
 from composer.templates import chat_templates, template_diff
 from composer.tensors import encode_header, read_header
 from registry.claims import read_card
+from registry.fingerprint import fingerprint_checkpoint
 from registry.store.shards import read_shard
 from registry.store.xorbs import xorb_hash
 from tests.support import reshard, write_base, write_lora
@@ -126,10 +128,42 @@ def _index_seeds() -> list[bytes]:
     ]
 
 
+def _config(folder: Path, data: bytes) -> None:
+    _written(folder, "config.json", data)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.architecture
+    assert fingerprint_checkpoint(checkpoint, threads=1).identity
+    assert model_sizes(checkpoint.shapes) is not None
+
+
+def _prepare_config(folder: Path) -> None:
+    write_base(folder, {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()})
+
+
+@cache
+def _config_seeds() -> list[bytes]:
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "num_hidden_layers": 1, "rope_theta": 1e4, "tie_word_embeddings": False,
+             "rope_scaling": {"type": "linear", "factor": 2.0}}  # fmt: skip
+    schemes: list[dict[str, object]] = [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {"targets": ["Linear"],
+         "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True}}}},
+    ]  # fmt: skip
+    return [json.dumps(fields).encode() for fields in (llama, *({**llama, "quantization_config": s} for s in schemes))]
+
+
 def _gguf(folder: Path, data: bytes) -> None:
-    header, metadata = read_gguf(_written(folder, "model.gguf", data))
+    path = _written(folder, "model.gguf", data)
+    header, metadata = read_gguf(path)
     assert sum(spec.nbytes for spec in header.tensors.values()) <= len(data)
     assert isinstance(metadata, dict)
+    open_checkpoint({"model.gguf": path})
 
 
 @cache
@@ -143,7 +177,14 @@ def _gguf_seeds() -> list[bytes]:
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_block_count(2)
         writer.add_layer_norm_rms_eps(1e-6)
-        writer.add_token_list(["a", "b"])
+        writer.add_context_length(64)
+        writer.add_embedding_length(32)
+        writer.add_feed_forward_length(64)
+        writer.add_head_count(2)
+        writer.add_head_count_kv(1)
+        writer.add_rope_freq_base(10_000.0)
+        writer.add_vocab_size(4)
+        writer.add_token_list(["a", "b", "c", "d"])
         writer.add_array("numbers", [1, 2, 3])
         writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
         writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -234,6 +275,7 @@ TARGETS = {
     "safetensors": Target(_safetensors, _safetensors_seeds),
     "adapter-config": Target(_adapter_config, _adapter_config_seeds, _prepare_adapter),
     "index": Target(_index, _index_seeds, _prepare_index),
+    "config": Target(_config, _config_seeds, _prepare_config),
     "gguf": Target(_gguf, _gguf_seeds),
     "recipe": Target(_recipe, _recipe_seeds),
     "tokenizer": Target(_tokenizer, _tokenizer_seeds),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.fuzz.mutations import mutate
 from tests.fuzz.targets import TARGETS, run_one
 
-INPUTS = 145  # of each of the 7 targets
+INPUTS = 125  # of each of the 8 targets
 MEMORY = 32 << 20
 
 

@@ -31,6 +31,7 @@ from registry.models import TokenRow, now
 from registry.redaction import RedactingFormatter, redact
 from registry.services.jobs import JobService
 from registry.services.local import LocalRegistry
+from registry.services.worker import Worker
 from tests.support import write_base, write_lora
 
 API = "/api/v1"
@@ -249,6 +250,20 @@ def test_over_rest_a_hidden_name_is_an_unused_name(registry: LocalRegistry) -> N
         assert hidden.headers == never.headers
     body = {"recipe": "base+team/secret"}
     assert client.post(f"{API}/compositions", json=body, headers=headers).status_code == 404
+
+
+def test_paths_of_the_service_are_for_its_admins(registry: LocalRegistry) -> None:
+    """Where bases lie is in no answer to others: not in a listing, of a pair, or in a job's result."""
+    client = service(registry)
+    job = JobService(registry).acting_as(ALICE).submit_base(Path(registry.get_base("base").location), "base")
+    Worker(registry).drain()
+    paths = ("/bases", "/bases/base", "/adapters/team/open/bases", f"/jobs/{job.id}", f"/jobs/{job.id}/events", "/jobs")
+    for scopes, shown in ((("publish", "compose"), False), (("admin",), True)):
+        headers = bearer(token_of(registry, "alice", *map(Scope, scopes)))
+        for path in (*paths, "/bases/base/inspect"):
+            answer = client.get(f"{API}{path}", headers=headers)
+            assert answer.status_code == 200, path
+            assert (str(registry.get_base("base").location) in answer.text) is (shown and path in paths), path
 
 
 def test_a_job_is_seen_by_those_who_see_its_adapters(registry: LocalRegistry) -> None:

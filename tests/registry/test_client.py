@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import socket
 import threading
 import time
@@ -15,11 +16,13 @@ import httpx
 import pytest
 
 from composer import errors
+from composer.errors import UsageError
 from composer.recipe import parse_recipe
 from registry.client import RemoteRegistry
 from registry.errors import AdapterNotFoundError, NameTakenError, VersionTakenError
 from registry.interface import Registry
 from registry.transfer import ServiceReplyError, ServiceUnreachableError
+from tests.support import add_words
 
 
 @pytest.fixture
@@ -76,6 +79,15 @@ def test_it_has_the_whole_protocol() -> None:
     for name, function in wanted.items():
         found = inspect.signature(getattr(RemoteRegistry, name))
         assert found.parameters == inspect.signature(function).parameters, name
+
+
+def test_a_composition_is_published_over_rest(filled: RemoteRegistry, registry: Any, tmp_path: Path) -> None:
+    """One compose job, and one that publishes what it made; the files come back too."""
+    result = filled.compose(parse_recipe("tiny+team/shout"), tmp_path / "out", publish="team/loud")
+    assert result.published == "team/loud"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert registry.get_base("team/loud").parent == "tiny"
+    assert sorted(job.kind for job in filled.list_jobs().items) == ["base", "compose", "publication"]
 
 
 def test_reads_equal_those_of_the_local_registry(filled: RemoteRegistry, registry: Any) -> None:
@@ -193,6 +205,23 @@ def test_compose_downloads_what_the_local_registry_composes(
     (tmp_path / "taken").mkdir()
     with pytest.raises(errors.ConflictError):
         filled.compose(recipe, tmp_path / "taken")
+
+
+def test_a_text_is_probed_where_the_model_is_composed(
+    remote: RemoteRegistry, registry: Any, tiny_llama: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    """The record has the perplexities that the local registry measures; another text is another job."""
+    base = add_words(shutil.copytree(tiny_llama, tmp_path / "base"), 64)
+    remote.add_base(base, name="worded")
+    remote.publish(tiny_lora, name="team/shout", version="1.0.0", base="worded")
+    recipe = parse_recipe("worded+team/shout")
+    found = remote.compose(recipe, tmp_path / "remote", probe="w1 w2 w3 w4").record
+    assert found == registry.compose(recipe, tmp_path / "local", probe="w1 w2 w3 w4").record
+    assert found["probe"]["tokens"] == 3
+    jobs = {remote.submit(recipe, probe=text).id for text in ("w1 w2 w3 w4", "w1 w2 w3 w4", "w1 w2", None)}
+    assert len(jobs) == 3
+    with pytest.raises(UsageError, match="tokens"):
+        remote.compose(recipe, tmp_path / "short", probe="w1")
 
 
 def test_an_interrupt_cancels_the_job(filled: RemoteRegistry, registry: Any, tmp_path: Path) -> None:

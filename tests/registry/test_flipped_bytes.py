@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +20,10 @@ from registry.services.jobs import JobService
 from registry.services.local import LocalRegistry, open_registry
 from registry.store.chunks import CHUNK, ChunkHasher
 from registry.undo import undo
-from tests.support import write_base, write_lora
+from tests.support import flip, write_base, write_lora
 
 ROWS, COLUMNS, RANK = 1024, 768, 384
 WEIGHTS = "adapter_model.safetensors"
-
-
-def flip(path: Path, at: int) -> None:
-    """Change one bit, and put the times back, as a disk does that loses one."""
-    stat = path.stat()
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(at)
-        (byte,) = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 @dataclass(frozen=True)
@@ -161,6 +148,18 @@ def test_a_flipped_byte_of_a_base_is_caught(
     with pytest.raises(IntegrityError):
         readers[path]()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["plan", "check"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_plan_is_made_of_headers_and_configs_that_are_whole(
+    pristine: Shelf, flipped: Callable[[Path, int], None], tmp_path: Path, path: str, name: str
+) -> None:
+    """A flip in the name of a tensor, or in a number of the config, would be another model to a plan."""
+    file = pristine.base / name
+    flipped(file, file.read_bytes().index(b"model"))
+    with pytest.raises(IntegrityError):
+        read_paths(pristine, tmp_path / "out")[path]()
 
 
 URLS = ("/team/x/resolve/main/" + WEIGHTS, "/api/v1/adapters/team/x/files/" + WEIGHTS)

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -218,6 +219,16 @@ def test_nonfinite_weights_may_be_kept_and_are_told(registry: LocalRegistry, fol
     assert any(A in line and "(1)" in line for line in result.warnings)
 
 
+def test_nan_in_a_base_is_told(registry: LocalRegistry, tmp_path: Path) -> None:
+    """A base is registered as it is, with a warning that names the tensor."""
+    weights = np.ones((8, 8), np.float16)
+    weights[0, :2] = np.nan, np.inf
+    base = write_base(tmp_path / "base", {"model.q.weight": weights, "model.k.weight": np.ones((4, 8), np.float32)})
+    (told,) = registry.add_base(base, name="tiny").warnings
+    assert "model.q.weight (2)" in told
+    assert "model.k" not in told
+
+
 UNSAFE = ("adapter_model.bin", "trainer.pt", "weights.pth", "old.ckpt", "state.pkl", "a.joblib", "m.npy", "adapters.npz",
           "all.zip", "all.tar.gz", "modeling.py", "handler.PY", "run.sh", "lib.so", "notes.ipynb")  # fmt: skip
 
@@ -309,6 +320,18 @@ def test_a_pushed_adapter_passes_the_same_gate(
     assert answer.status_code in (403, 422), answer.text
     assert shared.list_adapters().items == ()
     assert shared.repositories.snapshot("team/pushed").files == {}
+
+
+def test_an_import_fetches_nothing_that_is_never_kept() -> None:
+    """A hub says what it has; programs and archives under the names of cards are not even asked for, and are told."""
+    from registry.services.importing import _describe, hub_reference
+
+    names = ("adapter_model.safetensors", "adapter_config.json", "README.md", "README.zip", "LICENSE.py", *UNSAFE)
+    siblings = [SimpleNamespace(rfilename=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
+    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings, sha="1" * 40))
+    _, chosen, (told,) = _describe(api, hub_reference("hf://org/x"), 1 << 20)
+    assert {file.name for file in chosen} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert "left out" in told
 
 
 def test_a_header_of_many_lists_is_refused_before_it_is_parsed(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@
                                 bottlenecks  where bottlenecks.json lies in the folder: their nodes
                                 apart        adapters that are kept apart from the weights: their inputs or rows
                                      ▼
+                                 vary        another flavour, dtype or quantised matrices, where asked for
+                                     ▼
                            .model.onnx.*.tmp
                                      │
                                   verify     ONNX Runtime against torch, in float32
@@ -19,7 +21,8 @@
 
 An encoder-decoder becomes two files in the same way, each a graph of its own: see `seq2seq`.
 A folder's `model.onnx` has no weights of its own: it belongs to the safetensors files beside it and moves with them.
-Weights keep their dtype; inputs, outputs and arithmetic are float32 (see `bind`). `session` opens and runs the result.
+Weights keep their dtype; inputs, outputs and arithmetic are float32 (see `bind`), unless a variant is asked for.
+`session` opens and runs the result.
 """
 
 from __future__ import annotations
@@ -39,8 +42,12 @@ from composer.errors import NotFoundError
 from composer.exporters.onnx import bind, graph_cache, seq2seq, trace, verify
 from composer.exporters.onnx.architectures import ARCHITECTURES, Architecture, architecture_of, supported
 from composer.exporters.onnx.bottlenecks import insert_bottlenecks
+from composer.exporters.onnx.genai import require_genai
 from composer.exporters.onnx.session import generate, open_session, require_runtime
+from composer.exporters.onnx.variants import Variant, check_variant
+from composer.exporters.onnx.vary import publish_variant
 from composer.exporters.onnx.virtual_tokens import insert_virtual_tokens
+from composer.sinks import fsync_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -50,7 +57,9 @@ __all__ = [
     "MODEL_FILE",
     "KeptApart",
     "OnnxExport",
+    "Variant",
     "export_onnx",
+    "find_graph",
     "generate",
     "open_session",
     "supported",
@@ -58,6 +67,7 @@ __all__ = [
 ]
 
 MODEL_FILE = "model.onnx"
+PLAIN = Variant()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,8 @@ class OnnxExport:
 
     files: names written into the folder.
     weight_dtype: the dtype that most weights are stored in; compute_dtype: the dtype of inputs, outputs, arithmetic.
+    agreement, kl_divergence: of a variant that rounds, see Verification; quantised: what its matrices became.
+    compared_in: another dtype that the graph was compared in, where the CPU cannot compute in its own.
     graph_digest: what the graphs were made from; equal digests share cached graphs. graph_cached: none was traced.
     max_abs_diff, tolerance: over all `checks`; each check also names its prompts, padding, tokens and own difference.
     seconds: trace, bind, verify.
@@ -84,6 +96,10 @@ class OnnxExport:
     tolerance: float
     checks: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
+    compared_in: str | None = None
+    quantised: str | None = None
+    agreement: float | None = None
+    kl_divergence: float | None = None
 
 
 class KeptApart(Protocol):
@@ -103,6 +119,7 @@ def export_onnx(
     *,
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    variant: Variant = PLAIN,
     apart: KeptApart | None = None,
 ) -> OnnxExport:
     """Write `model.onnx`, or the two files of an encoder-decoder, into a complete checkpoint folder, and verify them.
@@ -111,6 +128,7 @@ def export_onnx(
     folder: config.json and model.safetensors, or shards with model.safetensors.index.json; a tokenizer is used to
         make prompts when there is one. Weights are float32, float16 or bfloat16.
     cache_dir: where weightless graphs are kept between exports; None traces anew each time.
+    variant: what is made of the graph; see `variants` and `vary`.
     apart: adapters for the graph; without any of them active it is compared as one that has none.
     Only verified files get these names. When verification fails, older files of the names are deleted as well: they
     point into the same weights.
@@ -126,11 +144,13 @@ def export_onnx(
         )
     config = json.loads(config_path.read_text(encoding="utf-8"))
     architecture = architecture_of(config)
+    check_variant(architecture, variant)
     require_runtime()
+    if variant.flavour == "genai":
+        require_genai()
     bind.stored_tensors(folder)
 
-    row = architecture
-    graphs = {MODEL_FILE: row}
+    row, graphs = architecture, {MODEL_FILE: architecture}
     if row.is_seq2seq:
         row = replace(row, own_head=bind.own_head(folder))
         graphs = seq2seq.parts(row)
@@ -142,51 +162,78 @@ def export_onnx(
         graph.metadata_props.add(key="composer.graph_digest", value=digest)
         traced[file] = graph, cached
     clock.append(time.perf_counter())
-    asides: dict[str, Path] = {}
-    try:
-        for file, part in graphs.items():
-            bound = bind.bind(traced[file][0], folder)
-            if (folder / BUNDLE).is_file():
-                insert_bottlenecks(bound.model, folder, half=row.is_seq2seq)
-            insert_virtual_tokens(bound.model, folder, config, part)
-            if apart is not None:
-                apart.insert(bound.model)
-            asides[file] = write_aside(folder, bound.model, file)
-        clock.append(time.perf_counter())
-        say(f"verify {architecture.name} in ONNX Runtime against torch")
+    models = {}
+    for file, part in graphs.items():
+        bound = bind.bind(traced[file][0], folder)
+        if (folder / BUNDLE).is_file():
+            insert_bottlenecks(bound.model, folder, half=row.is_seq2seq)
+        insert_virtual_tokens(bound.model, folder, config, part)
+        if apart is not None:
+            apart.insert(bound.model)
+        models[file] = bound.model
+    files = tuple(graphs)
+    if variant == PLAIN:
+        asides: dict[str, Path] = {}
         try:
-            result = verify.verify(folder, list(asides.values()), architecture)
-            if apart is not None:
-                result = result.joined(apart.verify(asides[MODEL_FILE], architecture, say))
-            for file, aside in asides.items():
-                os.replace(aside, folder / file)
-        except Exception:
-            for file in graphs:
-                (folder / file).unlink(missing_ok=True)
-            raise
-    finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
-    _sync_folder(folder)
+            for file, model in models.items():
+                asides[file] = write_aside(folder, model, file)
+            clock.append(time.perf_counter())
+            say(f"verify {architecture.name} in ONNX Runtime against torch")
+            try:
+                result = verify.verify(folder, list(asides.values()), architecture)
+                if apart is not None:
+                    result = result.joined(apart.verify(asides[MODEL_FILE], architecture, say))
+                for file, aside in asides.items():
+                    os.replace(aside, folder / file)
+            except Exception:
+                for file in graphs:
+                    (folder / file).unlink(missing_ok=True)
+                raise
+        finally:
+            for aside in asides.values():
+                aside.unlink(missing_ok=True)
+        fsync_folder(folder)
+    else:
+        clock.append(time.perf_counter())
+        model = models[MODEL_FILE]
+        files, result = publish_variant(model, folder, MODEL_FILE, config, architecture, variant, say)
     clock.append(time.perf_counter())
     return OnnxExport(
-        files=tuple(graphs),
+        files=files,
         architecture=architecture.name,
         task=architecture.task,
-        flavour=graph_cache.FLAVOUR,
+        flavour=variant.flavour,
         opset=architecture.opset,
         weight_dtype=bound.weight_dtype,
-        compute_dtype="float32",
+        compute_dtype=variant.compute,
         graph_digest=graph_cache.digest_of(config, row),
         graph_cached=all(cached for _, cached in traced.values()),
         max_abs_diff=result.max_abs_diff,
         tolerance=result.tolerance,
         checks=result.checks,
+        compared_in=None if variant.on_cpu == variant else variant.on_cpu.compute,
+        quantised=variant.quantise,
+        agreement=result.agreement,
+        kl_divergence=result.kl_divergence,
         seconds={
             name: round(after - before, 4)
             for name, (before, after) in zip(("trace", "bind", "verify"), itertools.pairwise(clock), strict=True)
         },
     )
+
+
+def find_graph(folder: Path) -> Path:
+    """The graph in a composed folder. Raises NotFoundError where there is none."""
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise NotFoundError(
+            f"{folder} has no {MODEL_FILE}",
+            expected=MODEL_FILE,
+            found="a folder without a graph" if folder.is_dir() else "no folder",
+            remedy="compose it with --export onnx",
+            path=path,
+        )
+    return path
 
 
 def _graph(
@@ -218,12 +265,3 @@ def write_aside(folder: Path, model: onnx.ModelProto, name: str = MODEL_FILE) ->
         Path(aside).unlink(missing_ok=True)
         raise
     return Path(aside)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

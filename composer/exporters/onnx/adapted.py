@@ -29,7 +29,10 @@ METADATA = "composer.adapters"
 
 
 class AdaptedSession:
-    """A session, and what each of its runs gets besides: inputs, or options that name an active adapter."""
+    """A session, and what each of its runs gets besides: inputs, or options that name an active adapter.
+
+    A run with bound inputs pays no heed to active adapters, so their factors are bound as the inputs that they are.
+    """
 
     def __init__(
         self,
@@ -38,9 +41,11 @@ class AdaptedSession:
         feeds: dict[str, Any] | None = None,
         options: onnxruntime.RunOptions | None = None,
         adapter: onnxruntime.LoraAdapter | None = None,
+        factors: dict[str, onnxruntime.OrtValue] | None = None,
     ) -> None:
         self._session, self._feeds, self._options = session, feeds or {}, options
         self._adapter = adapter  # the options only refer to it
+        self._factors = factors or {}
 
     def run(self, outputs: Sequence[str] | None, feeds: dict[str, Any]) -> list[Any]:
         """As InferenceSession.run."""
@@ -50,13 +55,11 @@ class AdaptedSession:
     def io_binding(self) -> onnxruntime.IOBinding:
         """A binding in which the inputs of the adapters are bound."""
         binding = self._session.io_binding()
-        for name, value in self._feeds.items():
-            binding.bind_cpu_input(name, value)
+        for name, value in self._feeds.items():  # by value: an input that has a default is in no list of inputs
+            binding.bind_ortvalue_input(name, require_runtime().OrtValue.ortvalue_from_numpy(value))
+        for name, factor in self._factors.items():
+            binding.bind_ortvalue_input(name, factor)
         return binding
-
-    def run_with_iobinding(self, binding: onnxruntime.IOBinding, options: onnxruntime.RunOptions | None = None) -> None:
-        """As InferenceSession.run_with_iobinding; `options` take the place of those that name the adapter."""
-        self._session.run_with_iobinding(binding, options or self._options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
@@ -117,7 +120,9 @@ def activate(
         return AdaptedSession(session)
     runtime = require_runtime()
     adapter = runtime.LoraAdapter()
-    adapter.Load(str(folder / entries[numbers[rows[0]] - 1]["file"]))
+    path = str(folder / entries[numbers[rows[0]] - 1]["file"])
+    adapter.Load(path)
     options = runtime.RunOptions()
     options.add_active_adapter(adapter)
-    return AdaptedSession(session, options=options, adapter=adapter)
+    factors = runtime.AdapterFormat.read_adapter(path).get_parameters()
+    return AdaptedSession(session, options=options, adapter=adapter, factors=factors)

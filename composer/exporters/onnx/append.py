@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ from composer.exporters.onnx.vectors import (
 )
 from composer.exporters.onnx.verify import RELATIVE_TOLERANCE, SMALLEST_TOLERANCE
 from composer.files import read_json, sha256_file
-from composer.provenance import manifest_digest
+from composer.provenance import manifest_digest, read_record, record_file, sealed
 from composer.recipe import Recipe
 from composer.sinks import fsync_folder, storage_errors
 
@@ -75,9 +74,10 @@ class Held:
 def append_adapters(folder: Path, other: Path) -> dict[str, Any]:
     """Add the adapters in `other` to the graph in `folder`; returns the new record, which is in composition.json.
 
-    Both were composed with placement multi, on one base. Raises OnnxExportError (another placement), IncompatibleError
-    (another base), ConflictError (someone else is adding), OnnxVerificationError (an adapter computes something else
-    than before; the folder is as it was) or StorageError.
+    Both were composed with placement multi, on one base. Raises NotFoundError or CorruptFileError (no record, or one
+    that was changed), OnnxExportError (another placement), IncompatibleError (another base), ConflictError (someone
+    else is adding), OnnxVerificationError (an adapter computes something else than before) or StorageError; the folder
+    is as it was then.
     """
     with _locked(folder):
         here, new = _open(folder), _open(other)
@@ -116,8 +116,8 @@ def append_adapters(folder: Path, other: Path) -> dict[str, Any]:
         os.replace(aside, folder / MODEL_FILE)
         (folder / index_file(len(here.names))).unlink()
         changed = [MODEL_FILE, index_file(len(names)), *map(vectors_file, new.counts)]
-        record = _record(here, new, names, changed, largest, tolerance)
-        _write(folder / f".{RECORD}.tmp", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        record = sealed(_record(here, new, names, changed, largest, tolerance))
+        _write(folder / f".{RECORD}.tmp", record_file(record))
         os.replace(folder / f".{RECORD}.tmp", folder / RECORD)
         fsync_folder(folder)
         return record
@@ -126,8 +126,7 @@ def append_adapters(folder: Path, other: Path) -> dict[str, Any]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One at a time: the lock is on the folder itself, and goes with this process."""
-    record = folder / RECORD
-    read_json(record)
+    read_record(folder / RECORD)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +151,7 @@ def _open(folder: Path) -> Held:
     strip_rows(model)
     groups = arrange(model.graph, modules)
     index = index_spec(folder, len(names), 2 * sum(module.rank for module in modules.values())).read()
-    record = read_json(folder / RECORD)
+    record = read_record(folder / RECORD)
     return Held(folder, record, model, names, modules, counts, read_index(groups, index))
 
 

@@ -24,7 +24,7 @@ from composer.exporters.onnx.architectures import Architecture
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["EXPORTER_VERSION", "FLAVOUR", "digest_of", "load", "store"]
+__all__ = ["EXPORTER_VERSION", "FLAVOUR", "digest_of", "is_whole", "load", "store"]
 
 EXPORTER_VERSION = 2
 """Raise it when a change to `trace` makes old graphs wrong."""
@@ -53,13 +53,8 @@ def load(cache_dir: Path, digest: str) -> onnx.ModelProto | None:
     import onnx
     from google.protobuf.message import DecodeError
 
-    try:
-        data = (cache_dir / f"{digest}.onnx").read_bytes()
-    except FileNotFoundError:
-        return None
-    size = len(_trailer("0" * 64))
-    body, trailer = data[:-size], data[-size:]
-    if trailer != _trailer(hashlib.sha256(body).hexdigest()):
+    body = _body(cache_dir / f"{digest}.onnx")
+    if body is None:
         return None
     model = onnx.ModelProto()
     try:
@@ -67,6 +62,21 @@ def load(cache_dir: Path, digest: str) -> onnx.ModelProto | None:
     except DecodeError:
         return None
     return model
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the bytes of a cached graph are the ones that were stored."""
+    return _body(path) is not None
+
+
+def _body(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    size = len(_trailer("0" * 64))
+    body, trailer = data[:-size], data[-size:]
+    return body if trailer == _trailer(hashlib.sha256(body).hexdigest()) else None
 
 
 def store(cache_dir: Path, digest: str, model: onnx.ModelProto) -> Path:

@@ -6,25 +6,28 @@ the nodes that the graph has for them, nor with PEFT.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.exporters.companions import PAST_KEY_VALUES, SOFT_PROMPT
-from composer.exporters.onnx.architectures import Architecture
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["LiveModel"]
 
+HALF_UNIT = 2.0**-24
+
 
 class LiveModel:
-    """A module and k virtual tokens; `tokens` is k, 0 where there are none."""
+    """A module and k virtual tokens; `tokens` is k, 0 where there are none. output: the name of the one wanted."""
 
-    def __init__(self, module: torch.nn.Module, folder: Path, architecture: Architecture) -> None:
+    def __init__(self, module: torch.nn.Module, folder: Path, output: str) -> None:
         from safetensors.torch import load_file
 
-        self.module, self.config, self.output = module, module.config, architecture.output
+        self.module, self.config, self.output = module, module.config, output
         self.prompt: torch.Tensor | None = None
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
         if (folder / SOFT_PROMPT).is_file():
@@ -35,6 +38,29 @@ class LiveModel:
                 (found[f"layers.{layer}.key"], found[f"layers.{layer}.value"]) for layer in range(len(found) // 2)
             ]
         self.tokens = len(self.prompt) if self.prompt is not None else self.prefix[0][0].shape[2] if self.prefix else 0
+
+    @contextmanager
+    def rounded(self, seed: int) -> Iterator[None]:
+        """Meanwhile each number of the embeddings is off by about half a unit in its last place; drawn from `seed`."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+
+        def change(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * (1 + HALF_UNIT * torch.randn(output.shape, generator=generator))
+
+        hook = self.module.get_input_embeddings().register_forward_hook(change)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def double(self) -> None:
+        """Turn the module and its virtual tokens to float64; some of its operations stay in float32."""
+        self.module.double()
+        if self.prompt is not None:
+            self.prompt = self.prompt.double()
+        self.prefix = [(key.double(), value.double()) for key, value in self.prefix]
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
         """One pass over int64 [batch, length] real tokens."""

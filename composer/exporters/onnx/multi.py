@@ -5,9 +5,9 @@
                                     A = Gather(vectors of length in)  B = Gather(vectors of length out)
 
 The rows of one adapter are brought together, so that its factors are gathered once however many rows it has, and
-multiply them in one product; factors are gathered right where they are used, so that they are still in the processor's
-cache. Nothing depends on how many adapters there are. Modules that read one input (q, k and v) share the first product.
-`adapter_ids` may be left out: all rows are then the base's. One number alone holds for all rows.
+multiply them in one product; factors are gathered right where they are used, a module at a time, so that they are still
+in the processor's cache. Nothing depends on how many adapters there are. `adapter_ids` may be left out: all rows are
+then the base's. One number alone holds for all rows.
 Source: arXiv:2311.03285 for the idea.
 """
 
@@ -149,33 +149,29 @@ class _Builder:
         return self._add(self.before, "Concat", parts, name, axis=-1)
 
     def _pieces(self) -> list[str]:
-        """The rows of each group's A and of each site's B, [u, rank], in the order of the index."""
+        """The rows of each site's A and B, [u, rank], in the order of the index."""
         taken = self._add(self.before, "Gather", [f"{PREFIX}index", f"{PREFIX}present"], "taken", axis=0)
-        ranks = [rank for group in self.groups for rank in (group.rank, *(module.rank for module in group.modules))]
+        ranks = [module.rank for group in self.groups for module in group.modules for _ in "AB"]
         pieces = [f"{PREFIX}rows_{number}" for number in range(len(ranks))]
         self._node(self.before, "Split", [taken, self._numbers("ranks", ranks)], pieces, axis=1)
         return pieces
 
     def _group(self, group: Group, pieces: list[str]) -> None:
-        """The products of one group: the first behind its first site, the second behind each site."""
-        first, inputs = group.sites[0].module, group.modules[0].inputs
-        into = self.after.setdefault(first, [])
+        """The rows of one input by adapter, behind its first site; the products of each site behind that."""
+        first = group.sites[0].module
         gather = "GatherND" if group.form == "tokens" else "Gather"
-        x = self._add(into, gather, [group.x, f"{PREFIX}there_{group.form}"], f"{first}.segments")
-        a = self._add(into, "Gather", [self._vectors(inputs), pieces.pop(0)], f"{first}.A", axis=0)
-        turned = self._add(into, "Transpose", [a], f"{first}.A_turned", perm=[0, 2, 1])
-        parts = [self._add(into, "MatMul", [x, turned], f"{first}.hidden")]
-        if len(group.sites) > 1:
-            ranks = [module.rank for module in group.modules]
-            whole, parts = parts[0], [f"{PREFIX}{site.module}.hidden_part" for site in group.sites]
-            sizes = self._numbers(f"ranks_{'_'.join(map(str, ranks))}", ranks)
-            self._node(into, "Split", [whole, sizes], parts, axis=-1)
-        for site, module, part in zip(group.sites, group.modules, parts, strict=True):
-            own = self.after.setdefault(site.module, [])
-            b = self._add(own, "Gather", [self._vectors(module.outputs), pieces.pop(0)], f"{site.module}.B", axis=0)
-            change = self._add(own, "MatMul", [part, b], f"{site.module}.change")
-            change = self._add(own, "GatherND", [change, f"{PREFIX}back_{group.form}"], f"{site.module}.in_order")
-            self._node(own, "Add", [site.base_output, change], [site.node.output[0]], f"sum/{site.module}")
+        x = self._add(
+            self.after.setdefault(first, []), gather, [group.x, f"{PREFIX}there_{group.form}"], f"{first}.segments"
+        )
+        for site, module in zip(group.sites, group.modules, strict=True):
+            name, into = site.module, self.after.setdefault(site.module, [])
+            a = self._add(into, "Gather", [self._vectors(module.inputs), pieces.pop(0)], f"{name}.A", axis=0)
+            turned = self._add(into, "Transpose", [a], f"{name}.A_turned", perm=[0, 2, 1])
+            hidden = self._add(into, "MatMul", [x, turned], f"{name}.hidden")
+            b = self._add(into, "Gather", [self._vectors(module.outputs), pieces.pop(0)], f"{name}.B", axis=0)
+            change = self._add(into, "MatMul", [hidden, b], f"{name}.change")
+            change = self._add(into, "GatherND", [change, f"{PREFIX}back_{group.form}"], f"{name}.in_order")
+            self._node(into, "Add", [site.base_output, change], [site.node.output[0]], f"sum/{name}")
 
     def _vectors(self, width: int) -> str:
         return f"{PREFIX}vectors_{width}"

@@ -44,11 +44,6 @@ class Group:
     sites: tuple[Site, ...]
     modules: tuple[Module, ...]
 
-    @property
-    def rank(self) -> int:
-        """Of all its sites together."""
-        return sum(module.rank for module in self.modules)
-
 
 def arrange(graph: onnx.GraphProto, modules: Mapping[str, Module]) -> list[Group]:
     """The modules (weight's name → sizes) by the input that they read, in the graph's order.
@@ -69,8 +64,8 @@ def places_of(groups: Sequence[Group]) -> tuple[dict[tuple[str, str], slice], in
     places: dict[tuple[str, str], slice] = {}
     end = 0
     for group in groups:
-        for side in "AB":
-            for site, module in zip(group.sites, group.modules, strict=True):
+        for site, module in zip(group.sites, group.modules, strict=True):
+            for side in "AB":
                 places[f"{site.module}.weight", side] = slice(end, end + module.rank)
                 end += module.rank
     return places, end

@@ -27,7 +27,7 @@ from composer.exporters.onnx.verify import (
     SMALLEST_TOLERANCE,
     Verification,
     _longest,
-    _pad,
+    pad,
     prompt_rows,
 )
 from composer.renames import module_names
@@ -59,7 +59,7 @@ def verify_adapters(
     with quiet():
         cls = getattr(transformers, architecture.name)
         module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-        live = LiveModel(module, folder, architecture)
+        live = LiveModel(module, folder, architecture.output)
         session = open_session(model_path)
         longest = _longest(module.config)
         prompts = prompt_rows(folder, module.config, longest)
@@ -131,7 +131,7 @@ def _run_causal(
     """Texts with the tokens that were decoded, and the logits of each text's positions [length, vocabulary]."""
     import numpy as np
 
-    ids, mask = _pad(rows, live.config, left=True)
+    ids, mask = pad(rows, live.config, left=True)
     step, past, logits = ids, None, []
     for _ in range(NEW_TOKENS):
         part, past = forward(session, step, mask, past)
@@ -151,7 +151,7 @@ def _run_encoder(
     """The texts, and what the graph gives for each: of all its positions, or of the whole."""
     import numpy as np
 
-    ids, mask = _pad(rows, live.config, left=False)
+    ids, mask = pad(rows, live.config, left=False)
     feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
     found = session.run([architecture.output], {name: feeds[name] for name in architecture.inputs})[0]
     whole = found.ndim == 2

@@ -22,9 +22,16 @@ from registry.api.deps import (
     version_ref,
 )
 from registry.api.rules import refuse_path
-from registry.api.schemas import AliasRequest, DeprecationRequest, ReasonRequest, VisibilityRequest, form_body
+from registry.api.schemas import (
+    AliasRequest,
+    DeprecationRequest,
+    ReasonRequest,
+    SignatureRequest,
+    VisibilityRequest,
+    form_body,
+)
 from registry.api.uploads import Upload, receive
-from registry.schemas import BaseFit, Level, Page, PublishResult, Verdict, VersionInfo
+from registry.schemas import BaseFit, Level, Page, PublishResult, SignatureInfo, SignedBundle, Verdict, VersionInfo
 
 router = APIRouter(tags=["adapters"])
 
@@ -199,6 +206,20 @@ def lift(adapter: AdapterName, version: str, registry: Registered) -> Page[Versi
 def delete_version(adapter: AdapterName, version: str, registry: Registered) -> None:
     """Remove a version that nothing depends on; 409 lists what does."""
     registry.delete_version(version_ref(adapter, version))
+
+
+@router.get(f"{ADAPTER}/versions/{{version}}/signatures", summary="List the signatures of a version")
+def signatures(adapter: AdapterName, version: str, registry: Registered) -> Page[SignedBundle]:
+    """Each with its bundle: what model.sig beside the files holds."""
+    return Page[SignedBundle](items=registry.signatures(version_ref(adapter, version)))
+
+
+@router.post(
+    f"{ADAPTER}/versions/{{version}}/signatures", summary="Attach a signature", status_code=201, dependencies=PUBLISH
+)
+def add_signature(adapter: AdapterName, version: str, body: SignatureRequest, registry: Registered) -> SignatureInfo:
+    """A bundle of model-signing 1.x that lists exactly the files of the version; it is verified where it is used."""
+    return registry.add_signature(version_ref(adapter, version), body.bundle)
 
 
 @router.get(f"{ADAPTER}/bases", summary="List the bases that an adapter fits", tags=["compatibility"])

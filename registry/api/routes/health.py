@@ -11,7 +11,7 @@ from registry.access import Scope
 from registry.api.deps import Registered, require
 from registry.api.metrics import CONTENT_TYPE
 from registry.api.schemas import CollectRequest, DoctorReport, Health
-from registry.schemas import Collected, Readiness
+from registry.schemas import Collected, Readiness, StoreCheck
 
 router = APIRouter(tags=["service"])
 ADMIN = [Depends(require(Scope.ADMIN, everywhere=True))]
@@ -57,6 +57,12 @@ def metrics(request: Request) -> Response:
 def collect(body: CollectRequest, registry: Registered) -> Collected:
     """Stored files, uploads and outputs that are old enough; with `dry_run`, only counted."""
     return registry.collect(**body.model_dump())
+
+
+@router.post("/store/checks", summary="Hash everything that is stored", dependencies=ADMIN)
+def check_store(registry: Registered, repair: bool = False) -> StoreCheck:
+    """Name what is damaged; with `repair`, restore it where a copy is left. It takes as long as reading all of it."""
+    return registry.verify_store(repair=repair)
 
 
 @router.get("/doctor", summary="Is everything in place?", dependencies=[Depends(require(Scope.ADMIN))])

@@ -1,4 +1,4 @@
-"""Jobs: how far they are (asked for or sent), cancel, retry, and the files of a composition that is done."""
+"""Imports and other jobs: how far they are (asked for or sent), cancel, retry, the files of a composition."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from composer.provenance import record_file
 from composer.sinks import storage_errors
 from registry.access import Scope
 from registry.api.deps import DEFAULT_LIMIT, Cursor, Jobs, Limit, file_response, require
+from registry.api.rules import refuse_path
+from registry.api.schemas import ImportRequest, PublicationRequest
 from registry.schemas import CompositionInfo, ConversionInfo, DeltaInfo, FileInfo, JobInfo, JobState, Page
 
 router = APIRouter(tags=["jobs"])
@@ -40,6 +42,17 @@ EVENTS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+
+
+@router.post("/imports", summary="Import from a hub", status_code=202, dependencies=[Depends(require(Scope.PUBLISH))])
+def import_model(body: ImportRequest, response: Response, jobs: Jobs) -> JobInfo:
+    """Queue a job that fetches an adapter or a base, checks it and publishes it here; Location names it."""
+    for what, ref in (("the name", body.name), ("the base", body.base)):
+        if ref is not None:
+            refuse_path(ref, what)
+    job = jobs.submit_import(**body.model_dump())
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
 
 
 @router.get("/jobs", summary="List jobs")
@@ -97,6 +110,19 @@ def cancel(job_id: str, jobs: Jobs) -> JobInfo:
 def retry(job_id: str, jobs: Jobs) -> JobInfo:
     """Queue a failed or cancelled job again."""
     return jobs.retry(job_id)
+
+
+@router.post(
+    "/jobs/{job_id}/publication",
+    summary="Publish a composition",
+    status_code=202,
+    dependencies=[Depends(require(Scope.PUBLISH))],
+)
+def publish(job_id: str, body: PublicationRequest, response: Response, jobs: Jobs) -> JobInfo:
+    """Queue a job that makes what a compose made a base, or an adapter (export peft), for all who load by name."""
+    job = jobs.submit_publication(job_id, refuse_path(body.name, "the name"))
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
 
 
 @router.get("/jobs/{job_id}/files", summary="List a job's files")

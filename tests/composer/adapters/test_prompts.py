@@ -6,6 +6,7 @@ Oracle: PEFT's own forward and generation on tiny models in float32.
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from composer.exporters import find_exporter
 from composer.recipe import Export
 from composer.run import compose
 from composer.tensors import read_header
-from tests.composer.prompts import CASES, PREFIXES, PROMPTS, adapt, greedy, live, logits, make_model, sample_ids
+from tests.composer.prompts import CASES, PREFIXES, PROMPTS, TOKENS, adapt, greedy, live, logits, make_model, sample_ids
 from tests.conftest import random_lora, save_model
 from tests.support import edit_json, plan_folders, read_tensors, weight_bytes, write_base, write_tensors
 
@@ -371,3 +372,20 @@ class TestTasks:
         assert registry.compose(parse_recipe(texts[0]), tmp_path / "0").cached
         with pytest.raises(RecipeError, match="none is named"):
             registry.plan(parse_recipe("llama+team/tasks"))
+
+
+@pytest.mark.parametrize("case", ["prompt-tuning", "prefix-tuning"])
+def test_virtual_tokens_leave_a_position_for_the_input(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """As many as the base has positions are refused, and so are several adapters that have as many together."""
+    base = shutil.copytree(bases["gpt2"], tmp_path / "base")
+    for name in ("one", "two"):
+        adapt(make_model("gpt2"), case, tmp_path / name)
+    one, two = (tmp_path / name for name in ("one", "two"))
+    edit_json(base / "config.json", n_positions=TOKENS + 1)
+    plan_folders(base, [(one, 1.0)], export=Export.BUNDLE)
+    if case == "prompt-tuning":
+        with pytest.raises(IncompatibleError, match=f"one and two: {2 * TOKENS} virtual tokens"):
+            plan_folders(base, [(one, 1.0), (two, 1.0)], export=Export.BUNDLE)
+    edit_json(base / "config.json", n_positions=TOKENS)
+    with pytest.raises(IncompatibleError, match=f"{TOKENS} positions in all"):
+        plan_folders(base, [(one, 1.0)], export=Export.BUNDLE)

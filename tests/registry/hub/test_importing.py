@@ -13,9 +13,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from composer.errors import PolicyError, UsageError
+from composer.errors import PolicyError, TypedError, UsageError
+from registry.access import Principal, Role, Scope
+from registry.client import RemoteRegistry
+from registry.errors import ForbiddenError
 from registry.outbound import GuardedTransport, public_address
-from registry.services.importing import HubReference, hub_reference
+from registry.services.importing import HubReference, ImportRules, hub_reference
+from registry.services.jobs import JobService
 from registry.services.local import open_registry
 from tests.registry.hub.conftest import ROOT, Hub, serve
 
@@ -95,6 +99,58 @@ def test_an_import_goes_on_where_it_ended(source: Hub, tmp_path: Path, tiny_llam
         line for line in (source.scratch / "service.log").read_text().splitlines() if "model.safetensors" in line
     ]
     assert all("' 206, " in line for line in fetched[-2:])
+
+
+@pytest.fixture
+def service(source: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A service behind tokens that imports from `source`; alice publishes in her namespace."""
+    monkeypatch.setenv("HF_ENDPOINT", source.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    registry = open_registry(tmp_path / "service")
+    registry.grant("alice", "alice", Role.OWNER)
+    token = registry.create_token("t", subject="alice", scopes=(Scope.PUBLISH,)).token
+    registry.close()
+    monkeypatch.setenv("REGISTRY_TOKEN", token)
+    yield from serve(tmp_path / "service", tmp_path / "clients", "--require-tokens", "--imports-from-private")
+
+
+def test_a_service_imports_as_a_job_for_who_may_publish(service: Hub) -> None:
+    """With progress in bytes; into a namespace of others it does not, and where it may is for the service to say."""
+    remote = RemoteRegistry(service.url, token=os.environ["REGISTRY_TOKEN"])
+    seen: list[tuple[str, int, int]] = []
+    base = remote.import_model("hf://org/tiny", name="tiny", allow_private=True, progress=lambda *now: seen.append(now))
+    assert base.base is not None
+    assert base.base.name == "tiny"
+    info = remote.import_model("hf://org/shout@1.0.0", name="alice/shout", base="tiny", allow_private=True)
+    assert info.version is not None
+    assert (info.version.name, info.version.base_status) == ("alice/shout", "verified")
+    assert seen
+    jobs = remote.list_jobs().items
+    assert [(job.kind, job.owner, job.state.value) for job in jobs] == [("import", "alice", "succeeded")] * 2
+    with pytest.raises(TypedError, match="which you may not make shout"):
+        remote.import_model("hf://org/shout", name="shout", allow_private=True)
+    with pytest.raises(TypedError, match="private address"):
+        remote.import_model("hf://org/shout", name="alice/shout")
+    with pytest.raises(TypedError, match="has no org/nobody"):
+        remote.import_model("hf://org/nobody", name="alice/x", allow_private=True)
+    remote.close()
+
+
+def test_rules_of_imports(registry: Any) -> None:
+    """What a service does not fetch it refuses before a job is there."""
+    cases: tuple[tuple[ImportRules, dict[str, Any]], ...] = (
+        (ImportRules(allowed=False), {}),
+        (ImportRules(), {"allow_private": True}),
+        (ImportRules(max_bytes=10), {"max_bytes": 11}),
+    )
+    for rules, words in cases:
+        with pytest.raises(PolicyError):
+            JobService(registry, imports=rules).submit_import("hf://org/tiny", **words)
+    registry.grant("org", "alice", Role.OWNER)
+    limited = Principal("bob", frozenset({Scope.PUBLISH}), frozenset({"bob"}))
+    with pytest.raises(ForbiddenError):
+        JobService(registry).acting_as(limited).submit_import("hf://org/tiny")
+    assert registry.list_jobs().items == ()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from composer.recipe import Dtype, parse_recipe
 from registry.services.local import open_registry
 from tests.registry.hub.conftest import Hub
 
@@ -69,9 +70,15 @@ def test_trees_histories_and_checks(read: dict[str, Any], version: Any) -> None:
     assert "team/nobody" in read["failures"][0]
 
 
-def test_transformers_and_peft_load_by_name(hub: Hub) -> None:
-    """A base and an adapter on it, by both libraries with one result."""
-    assert hub.client("load", "tiny", "team/shout") == {"adapter": 0.0, "changed": True}
+def test_transformers_and_peft_load_by_name(hub: Hub, tmp_path: Path) -> None:
+    """A base, an adapter on it and what was composed of them, by both libraries with one result."""
+    registry = open_registry(hub.home)
+    recipe = parse_recipe("tiny+team/shout", dtype=Dtype.FP32)
+    assert registry.compose(recipe, tmp_path / "out", publish="team/loud").published == "team/loud"
+    registry.close()
+    found = hub.client("load", "tiny", "team/shout", COMPOSED="team/loud")
+    assert found.pop("composed") < 1e-4
+    assert found == {"adapter": 0.0, "changed": True}
 
 
 def test_downloads_have_ranges_etags_and_heads(hub: Hub, version: Any) -> None:

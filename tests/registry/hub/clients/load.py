@@ -1,6 +1,10 @@
-"""Load a base and an adapter by name, in the ways that transformers and peft have. Prints how far the logits differ."""
+"""Load a base and an adapter by name, in the ways that transformers and peft have. Prints how far the logits differ.
+
+Usage: load.py BASE ADAPTER [any]; COMPOSED names a base that is their composition.
+"""
 
 import json
+import os
 import sys
 
 import torch
@@ -21,4 +25,7 @@ result = {"adapter": float((logits - loaded(tokens).logits).abs().max()), "chang
 if len(sys.argv) > 3:
     found = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
     result["found"] = float((logits - found(tokens).logits).abs().max())
+if "COMPOSED" in os.environ:
+    composed = AutoModelForCausalLM.from_pretrained(os.environ["COMPOSED"], dtype=torch.float32)
+    result["composed"] = float((logits - composed(tokens).logits).abs().max())
 print(json.dumps(result))
