@@ -6,6 +6,9 @@ write); PostgreSQL by URL. The schema is only ever made by alembic.
 
 from __future__ import annotations
 
+import random
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,7 @@ __all__ = [
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 BUSY_TIMEOUT_S = 30
+TRY_S = (0.005, 0.02)  # between two tries, by chance, so that all have the same
 
 
 class CatalogueSession(Session):
@@ -53,10 +57,34 @@ def create_database_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        immediate = connection.get_execution_options().get("writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+        if connection.get_execution_options().get("writes"):
+            _begin_writing(connection)
+        else:
+            connection.exec_driver_sql("BEGIN")
 
     return engine
+
+
+def _begin_writing(connection: Any) -> None:
+    """Take SQLite's write lock, trying evenly.
+
+    SQLite's own handler tries the less often the longer it has waited, so that of many writers some wait for ever.
+    """
+    raw, deadline = connection.connection.dbapi_connection, time.monotonic() + BUSY_TIMEOUT_S
+    raw.execute("PRAGMA busy_timeout = 0")
+    try:
+        while time.monotonic() < deadline:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorname != "SQLITE_BUSY":
+                    break
+                time.sleep(random.uniform(*TRY_S))
+            else:
+                return
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails as SQLAlchemy's failures do
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def test_whoever_finds_the_file_busy_waits(shelf: Shelf, tmp_path: Path, monkeyp
             assert "try again" in str(refused.value.remedy)
         assert len(impatient.list_adapters().items) == 1
         impatient.close()
+        monkeypatch.undo()
         done = threading.Timer(0.5, other.execute, ["ROLLBACK"])
         done.start()
         started = time.monotonic()

@@ -150,7 +150,8 @@ def export_onnx(
         require_genai()
     bind.stored_tensors(folder)
 
-    row, graphs = architecture, {MODEL_FILE: architecture}
+    row = architecture
+    graphs = {MODEL_FILE: row}
     if row.is_seq2seq:
         row = replace(row, own_head=bind.own_head(folder))
         graphs = seq2seq.parts(row)
@@ -173,30 +174,10 @@ def export_onnx(
         models[file] = bound.model
     files = tuple(graphs)
     if variant == PLAIN:
-        asides: dict[str, Path] = {}
-        try:
-            for file, model in models.items():
-                asides[file] = write_aside(folder, model, file)
-            clock.append(time.perf_counter())
-            say(f"verify {architecture.name} in ONNX Runtime against torch")
-            try:
-                result = verify.verify(folder, list(asides.values()), architecture)
-                if apart is not None:
-                    result = result.joined(apart.verify(asides[MODEL_FILE], architecture, say))
-                for file, aside in asides.items():
-                    os.replace(aside, folder / file)
-            except Exception:
-                for file in graphs:
-                    (folder / file).unlink(missing_ok=True)
-                raise
-        finally:
-            for aside in asides.values():
-                aside.unlink(missing_ok=True)
-        fsync_folder(folder)
+        result = _publish(models, folder, architecture, apart, say, clock)
     else:
         clock.append(time.perf_counter())
-        model = models[MODEL_FILE]
-        files, result = publish_variant(model, folder, MODEL_FILE, config, architecture, variant, say)
+        files, result = publish_variant(models[MODEL_FILE], folder, MODEL_FILE, config, architecture, variant, say)
     clock.append(time.perf_counter())
     return OnnxExport(
         files=files,
@@ -250,6 +231,38 @@ def _graph(
     if cache_dir is not None:
         graph_cache.store(Path(cache_dir), digest, graph)
     return graph, False
+
+
+def _publish(
+    models: dict[str, onnx.ModelProto],
+    folder: Path,
+    architecture: Architecture,
+    apart: KeptApart | None,
+    say: Callable[[str], None],
+    clock: list[float],
+) -> verify.Verification:
+    """Write the graphs aside, verify them together, and give them their names, or delete older ones of these."""
+    asides: dict[str, Path] = {}
+    try:
+        for file, model in models.items():
+            asides[file] = write_aside(folder, model, file)
+        clock.append(time.perf_counter())
+        say(f"verify {architecture.name} in ONNX Runtime against torch")
+        try:
+            result = verify.verify(folder, list(asides.values()), architecture)
+            if apart is not None:
+                result = result.joined(apart.verify(asides[MODEL_FILE], architecture, say))
+            for file, aside in asides.items():
+                os.replace(aside, folder / file)
+        except Exception:
+            for file in models:
+                (folder / file).unlink(missing_ok=True)
+            raise
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
+    fsync_folder(folder)
+    return result
 
 
 def write_aside(folder: Path, model: onnx.ModelProto, name: str = MODEL_FILE) -> Path:

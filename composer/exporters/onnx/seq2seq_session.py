@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from composer.exporters.onnx.seq2seq import DECODER_FILE, ENCODER_FILE
-from composer.exporters.onnx.session import PAST, PRESENT, open_session
+from composer.exporters.onnx.session import PAST, PRESENT, decode_greedily, open_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,15 +101,12 @@ def generate_seq2seq(
     import numpy as np
 
     encoded = session.encode(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask)
-    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
-    step = np.tile(np.array(list(start_ids), dtype=np.int64), (len(input_ids), 1))
+    start = np.tile(np.array(list(start_ids), dtype=np.int64), (len(input_ids), 1))
     past: Cache | None = None
-    tokens: list[np.ndarray] = []
-    ended = np.zeros(len(input_ids), dtype=bool)
-    while len(tokens) < max_new_tokens and not ended.all():
-        logits, past = session.decode(encoded, step, past)
-        chosen = np.where(ended, step[:, -1], logits[:, -1].argmax(axis=-1).astype(np.int64))
-        ended |= np.isin(chosen, eos)
-        tokens.append(chosen)
-        step = chosen[:, None]
-    return np.stack(tokens, axis=1) if tokens else np.empty((len(input_ids), 0), np.int64)
+
+    def advance(chosen: np.ndarray | None) -> np.ndarray:
+        nonlocal past
+        logits, past = session.decode(encoded, start if chosen is None else chosen, past)
+        return logits[:, -1]
+
+    return decode_greedily(advance, len(input_ids), max_new_tokens, eos_ids)

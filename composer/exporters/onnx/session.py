@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
-__all__ = ["Decoder", "forward", "generate", "open_session", "require_runtime", "stream"]
+__all__ = ["Decoder", "decode", "decode_greedily", "forward", "generate", "open_session", "require_runtime", "stream"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
@@ -212,19 +212,17 @@ def stream(
     """
     import numpy as np
 
-    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-    decoder, step = Decoder(session), input_ids
-    ended = np.zeros(len(input_ids), dtype=bool)
-    for _ in range(max_new_tokens):
-        chosen = choose(decoder.step(step, mask)).astype(np.int64)
-        chosen = np.where(ended, step[:, -1], chosen)
-        ended |= np.isin(chosen, eos)
-        yield chosen
-        if ended.all():
-            return
-        step = chosen[:, None]
-        mask = np.concatenate([mask, np.ones_like(step)], axis=1)
+    decoder = Decoder(session)
+
+    def advance(chosen: np.ndarray | None) -> np.ndarray:
+        nonlocal mask
+        if chosen is None:
+            return decoder.step(input_ids, mask)
+        mask = np.concatenate([mask, np.ones_like(chosen)], axis=1)
+        return decoder.step(chosen, mask)
+
+    return decode(advance, len(input_ids), max_new_tokens, eos_ids, choose)
 
 
 def generate(
@@ -240,7 +238,43 @@ def generate(
     Returns int64 [batch, n], n <= max_new_tokens: the new tokens only. A row that has ended repeats its end token;
     generation stops when every row has ended.
     """
+    return _stacked(stream(session, input_ids, attention_mask, max_new_tokens, eos_ids), len(input_ids))
+
+
+def decode(
+    advance: Callable[[np.ndarray | None], np.ndarray],
+    rows: int,
+    max_new_tokens: int,
+    eos_ids: Iterable[int],
+    choose: Callable[[np.ndarray], np.ndarray] = most_likely,
+) -> Iterator[np.ndarray]:
+    """Token by token: yields int64 [rows]; a row that has ended repeats its end token, and it stops when all have.
+
+    advance: runs a model over the tokens chosen last, int64 [rows, 1], None at first; returns logits [rows, vocabulary]
+        of the next ones.
+    """
     import numpy as np
 
-    tokens = list(stream(session, input_ids, attention_mask, max_new_tokens, eos_ids))
-    return np.stack(tokens, axis=1) if tokens else np.empty((len(input_ids), 0), np.int64)
+    eos = np.array(sorted(set(eos_ids)), dtype=np.int64)
+    ended, last = np.zeros(rows, dtype=bool), None
+    for _ in range(max_new_tokens):
+        chosen = choose(advance(None if last is None else last[:, None])).astype(np.int64)
+        last = chosen if last is None else np.where(ended, last, chosen)
+        ended |= np.isin(last, eos)
+        yield last
+        if ended.all():
+            return
+
+
+def decode_greedily(
+    advance: Callable[[np.ndarray | None], np.ndarray], rows: int, max_new_tokens: int, eos_ids: Iterable[int]
+) -> np.ndarray:
+    """The most likely tokens, int64 [rows, n], as `generate` returns them; the arguments are those of `decode`."""
+    return _stacked(decode(advance, rows, max_new_tokens, eos_ids), rows)
+
+
+def _stacked(tokens: Iterable[np.ndarray], rows: int) -> np.ndarray:
+    import numpy as np
+
+    found = list(tokens)
+    return np.stack(found, axis=1) if found else np.empty((rows, 0), np.int64)

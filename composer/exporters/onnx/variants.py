@@ -77,12 +77,12 @@ class Variant:
 
 def check_variant(architecture: Architecture, variant: Variant) -> None:
     """Raise UnsupportedArchitectureError for a model of which this variant cannot be made."""
-    if architecture.is_seq2seq and variant.rounds:
+    if architecture.is_seq2seq and variant != Variant(min_agreement=variant.min_agreement):
         raise UnsupportedArchitectureError(
-            f"onnx: {architecture.name}: an encoder-decoder is exported in float32 only",
-            expected="the portable flavour, computing in float32, not quantised",
-            found={"compute": variant.compute, "quantise": variant.quantise},
-            remedy="leave the options out",
+            f"onnx: {architecture.name}: an encoder-decoder has two graphs, which are portable and compute in float32",
+            expected="the portable flavour in float32",
+            found=variant.quantise or variant.flavour if variant.compute == "float32" else variant.compute,
+            remedy="leave the flavour, the dtype of arithmetic and quantising out",
             architecture=architecture.name,
         )
     if variant.flavour == "genai" and architecture.name not in GROUPED:

@@ -170,7 +170,7 @@ def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture)
     live = live_model(folder, architecture)
     sessions = [open_session(path) for path in paths]
     texts, randoms = prompts(folder, live)
-    run: Callable[..., _Compared] = _check_causal if architecture.is_causal else _check_encoder
+    run = _check_causal if architecture.is_causal else _check_encoder
     session: Any = sessions[0]
     if architecture.is_seq2seq:
         run, session = _check_seq2seq, Seq2SeqSession(*sessions)
@@ -286,35 +286,45 @@ def _check_seq2seq(
         if len(logits) == NEW_TOKENS:
             break
         decoded = np.concatenate([decoded, token], axis=1)
+    tokens = np.concatenate([decoded[:, first:], token], axis=1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoded}
     kept = mask.astype(bool)
 
     def whole(model: LiveModel) -> tuple[np.ndarray, np.ndarray]:
-        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoded}
+        """Logits [rows, decoded, vocabulary], and the hidden states of the real tokens of the input."""
         with torch.no_grad():
-            out = model.module(**{name: torch.from_numpy(value) for name, value in inputs.items()}, use_cache=False)
-        return out.logits.numpy(), out.encoder_last_hidden_state.numpy()
-
-    def values(model: LiveModel) -> np.ndarray:
-        found, hidden = whole(model)
-        return np.concatenate([found.ravel(), hidden[kept].ravel()])
+            found = model.module(**{name: torch.from_numpy(value) for name, value in inputs.items()}, use_cache=False)
+        return found.logits.numpy(), found.encoder_last_hidden_state.numpy()[kept]
 
     expected, hidden = whole(live)
-    got = np.concatenate(logits, axis=1)
-    every = np.ones(got.shape[:2], bool)
-    differences = (_difference(got, expected, every), _difference(encoded.hidden, hidden, kept))
+    every = np.ones(expected.shape[:2], bool)
+    differences = [
+        _difference(np.concatenate(logits, axis=1), expected, every),
+        _difference(encoded.hidden[kept], hidden, np.ones(len(hidden), bool)),
+    ]
     facts = {
         "max_abs_diff": _largest(differences),
         "encoded": [len(row) for row in rows],
         "padding": "right" if int(mask.min()) == 0 else "none",
         "prefill": first,
-        **_greedy(expected[:, first - 1 :], np.concatenate([decoded[:, first:], token], axis=1)),
+        **_greedy(expected[:, first - 1 :], tokens),
     }
-    flat = np.concatenate([expected.ravel(), hidden[kept].ravel()])
-    return _Compared(facts, float(np.abs(flat).max()), flat, values)
+    return _Compared(
+        facts,
+        float(max(np.abs(expected).max(), np.abs(hidden).max())),
+        _flat(expected, hidden),
+        lambda model: _flat(*whole(model)),
+    )
+
+
+def _flat(*arrays: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.concatenate([array.ravel() for array in arrays])
 
 
 def _greedy(deciding: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """Torch's own logits at the positions that chose a token: how far is the token chosen below torch's best?"""
+    """Whether torch's logits choose the same tokens; if not, how far the chosen is below its best."""
     import numpy as np
 
     gap = deciding.max(axis=-1) - np.take_along_axis(deciding, tokens[:, :, None], axis=-1)[:, :, 0]
