@@ -46,7 +46,8 @@ that, an export binds it to the new weights in milliseconds and spends its time 
 An architecture that is not in the table; models with code of their own (`auto_map`); quantised weights (compose from
 the base they were made of); rotary embeddings that depend on the length of the sequence (`dynamic`, `longrope`);
 other decoders with cross-attention than those of the table, and encoders that are configured as decoders; experts with
-another activation than SiLU; an encoder-decoder whose adapters are to be kept apart.
+another activation than SiLU; an encoder-decoder whose adapters are to be kept apart, or that is to be quantised, computed
+in half precision or made for onnxruntime-genai.
 Weights that do not fit the graph are refused when they are bound, by the names of their tensors.
 
 ## Measured

@@ -16,8 +16,10 @@ from composer.exporters.onnx import ARCHITECTURES, export_onnx, supported
 from composer.exporters.onnx import bind as bind_module
 from composer.exporters.onnx.seq2seq import DECODER_FILE, ENCODER_FILE
 from composer.exporters.onnx.seq2seq_session import generate_seq2seq, open_seq2seq
+from composer.exporters.onnx.variants import Variant
 from composer.recipe import Export, Placement
 from composer.run import compose
+from composer.running import open_runnable
 from composer.tensors import read_header
 from tests.composer.seq2seq import IDS, MASK, MODELS, build
 from tests.conftest import random_lora
@@ -258,3 +260,20 @@ def test_adapters_are_not_kept_apart_from_an_encoder_decoder(make: Callable[...,
     plan = plan_folders(base, [(adapter, 1.0)], export=Export.ONNX, placement=placement)
     with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration"):
         prepare_export(plan)
+
+
+@pytest.mark.parametrize("options", [{"compute": "float16"}, {"quantise": "int8"}, {"flavour": "genai"}])
+def test_variants_are_not_made_of_an_encoder_decoder(make: Callable[..., Path], options: dict[str, str]) -> None:
+    """What is done to one graph is refused for two, by name, before anything is traced or written."""
+    folder = make("t5")
+    with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration"):
+        export_onnx(folder, variant=Variant(**options))
+    assert not list(folder.glob("*.onnx"))
+
+
+def test_the_runner_names_what_runs_two_graphs(tmp_path: Path) -> None:
+    """`registry run` opens one graph; the error says what opens both."""
+    (tmp_path / ENCODER_FILE).touch()
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        open_runnable(tmp_path)
+    assert "seq2seq_session" in str(caught.value.remedy)
