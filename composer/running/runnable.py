@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from composer.errors import CorruptFileError, NotFoundError, UnsupportedArchitectureError
+from composer.errors import CorruptFileError, NotFoundError
 from composer.exporters.companions import PAST_KEY_VALUES, SOFT_PROMPT
 from composer.exporters.onnx import find_graph, open_session
 from composer.exporters.onnx.adapted import AdaptedSession, activate, adapters_in
@@ -61,8 +61,8 @@ def open_runnable(
     adapter: one of those that the graph keeps apart; None for the base.
     check: compare the files with the digests in composition.json first; a folder without a record has none.
     Raises NotFoundError (no graph, no tokenizer, no such adapter), CorruptFileError (files that were changed since),
-    UnsupportedArchitectureError (an encoder-decoder, and what architecture_of refuses), and what open_session raises,
-    such as MissingDependencyError for a provider that is not there.
+    what architecture_of raises, and what open_session raises, such as MissingDependencyError for a provider that is
+    not there.
     """
     seq2seq = (folder / DECODER_FILE).is_file()
     graph = folder / DECODER_FILE if seq2seq else find_graph(folder)

@@ -37,7 +37,7 @@ that, an export binds it to the new weights in milliseconds and spends its time 
 - **Encoder-decoders** become two graphs over the same safetensors file. `encoder_model.onnx` gives the hidden states and
   the keys and values of every cross-attention, `present.N.encoder.key|value`; `decoder_with_past_model.onnx` takes them
   as `past_key_values.N.encoder.key|value` at each step, beside its own cache, which is empty at first. The names are
-  optimum's. `composer.exporters.onnx.seq2seq_session` runs the pair; both are verified together.
+  optimum's. `registry run` and `composer.exporters.onnx.seq2seq_session` run the pair; both are verified together.
 - **Mixtures of experts** keep each expert's weights where the checkpoint has them, and only the rows that the router
   sends to an expert are multiplied by its weights.
 

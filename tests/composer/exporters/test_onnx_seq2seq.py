@@ -19,7 +19,6 @@ from composer.exporters.onnx.seq2seq_session import generate_seq2seq, open_seq2s
 from composer.exporters.onnx.variants import Variant
 from composer.recipe import Export, Placement
 from composer.run import compose
-from composer.running import open_runnable
 from composer.tensors import read_header
 from tests.composer.seq2seq import IDS, MASK, MODELS, build
 from tests.conftest import random_lora
@@ -269,11 +268,3 @@ def test_variants_are_not_made_of_an_encoder_decoder(make: Callable[..., Path], 
     with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration"):
         export_onnx(folder, variant=Variant(**options))
     assert not list(folder.glob("*.onnx"))
-
-
-def test_the_runner_names_what_runs_two_graphs(tmp_path: Path) -> None:
-    """`registry run` opens one graph; the error says what opens both."""
-    (tmp_path / ENCODER_FILE).touch()
-    with pytest.raises(UnsupportedArchitectureError) as caught:
-        open_runnable(tmp_path)
-    assert "seq2seq_session" in str(caught.value.remedy)
