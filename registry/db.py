@@ -77,7 +77,7 @@ def _begin_writing(connection: Any) -> None:
             try:
                 raw.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorname != "SQLITE_BUSY":
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the lower byte: it has kinds
                     break
                 time.sleep(random.uniform(*TRY_S))
             else:
