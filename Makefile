@@ -36,6 +36,9 @@ bench: install
 	$(BIN)/python -m tests.bench.onnx
 	$(BIN)/python -m tests.bench.onnx_cuda --batch 1 --batch 8
 	$(BIN)/python -m tests.bench.multi
+	$(BIN)/python -m tests.bench.catalogue
+	$(BIN)/python -m tests.bench.transfer
+	$(BIN)/python -m tests.bench.reads $(if $(MLFLOW),--mlflow $(MLFLOW))
 
 lint: install
 	$(BIN)/ruff check .

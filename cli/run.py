@@ -66,7 +66,7 @@ def run(
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read(MAX_PROMPT)
     runnable = open_runnable(folder.expanduser(), provider, adapter=adapter, threads=threads, check=not no_check)
-    if runnable.architecture.is_causal:
+    if runnable.architecture.generates:
         _generate(settings, runnable, prompt, raw=raw, max_new_tokens=max_new_tokens, sampling=sampling)
     else:
         _encode(settings, runnable, prompt)

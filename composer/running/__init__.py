@@ -1,6 +1,6 @@
 """Run a composed folder in ONNX Runtime: a text that goes on, or what an encoder says of one.
 
-OUT ──► runnable ──► generation    a causal model: chat template, tokens as they come
+OUT ──► runnable ──► generation    a model that writes: chat template, tokens as they come
            │    └──► encoding      an encoder: scores of labels, or an embedding
            └─ the files are those that composition.json lists, byte for byte
 """

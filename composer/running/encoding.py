@@ -35,7 +35,7 @@ def encode(runnable: Runnable, text: str) -> Encoding:
     Raises UnsupportedArchitectureError for a model that generates, UsageError for a text that is too long.
     """
     architecture = runnable.architecture
-    if architecture.is_causal:
+    if architecture.generates:
         raise UnsupportedArchitectureError(
             f"{runnable.folder}: {architecture.name} generates text",
             expected="an encoder",

@@ -1,4 +1,4 @@
-"""Text from a causal model: the prompt through the chat template, then tokens chosen and spelled out as they come.
+"""Text from a model that writes: the prompt through the chat template, then tokens chosen and spelled out as they come.
 
 "What is …?" ─ chat template ─► ids ─► stream ─ Sampling ─► id ─ Speller ─► Piece("Paris"), …, Answer
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from composer.errors import UnsupportedArchitectureError, UsageError
+from composer.exporters.onnx.seq2seq_session import Seq2SeqSession, stream_seq2seq
 from composer.exporters.onnx.session import most_likely, stream
 from composer.running.runnable import Runnable
 
@@ -144,16 +145,18 @@ def answer(
     Raises UnsupportedArchitectureError for an encoder, UsageError for an empty prompt or one that is too long; before
     the first piece.
     """
-    if not runnable.architecture.is_causal:
+    if not runnable.architecture.generates:
         raise UnsupportedArchitectureError(
             f"{runnable.folder}: {runnable.architecture.name} does not generate text",
-            expected="a causal language model",
+            expected="a causal language model, or an encoder-decoder",
             found=runnable.architecture.task,
             remedy="run it without options of generation",
         )
     ids = _prompt_ids(runnable, prompt, raw=raw)
-    room = max_new_tokens if runnable.longest is None else min(max_new_tokens, runnable.longest - len(ids))
-    if not ids or room < 1:
+    # An encoder-decoder has places of its own for what it writes.
+    taken = len(runnable.start_ids) if runnable.start_ids else len(ids)
+    room = max_new_tokens if runnable.longest is None else min(max_new_tokens, runnable.longest - taken)
+    if not ids or room < 1 or len(ids) > (runnable.longest or len(ids)):
         raise UsageError(
             f"the prompt has {len(ids)} tokens",
             expected="at least one" if not ids else f"fewer than {runnable.longest}, which the model has places for",
@@ -164,7 +167,14 @@ def answer(
     prefill, tokens, texts, speller = 0.0, [], [], Speller(runnable.tokenizer)
     choose = (sampling or Sampling()).chooser()
     batch = np.array([ids], dtype=np.int64)
-    for chosen in stream(runnable.session, batch, None, room, runnable.eos_ids, choose=choose):
+    if isinstance(runnable.session, Seq2SeqSession):
+        chosen_tokens = stream_seq2seq(
+            runnable.session, batch, start_ids=runnable.start_ids, max_new_tokens=room, eos_ids=runnable.eos_ids,
+            choose=choose,
+        )  # fmt: skip
+    else:
+        chosen_tokens = stream(runnable.session, batch, None, room, runnable.eos_ids, choose=choose)
+    for chosen in chosen_tokens:
         prefill = prefill or time.perf_counter() - started
         tokens.append(int(chosen[0]))
         if text := speller.add(tokens[-1]):

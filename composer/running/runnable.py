@@ -11,6 +11,8 @@ from composer.exporters.companions import PAST_KEY_VALUES, SOFT_PROMPT
 from composer.exporters.onnx import find_graph, open_session
 from composer.exporters.onnx.adapted import AdaptedSession, activate, adapters_in
 from composer.exporters.onnx.architectures import Architecture, architecture_of
+from composer.exporters.onnx.seq2seq import DECODER_FILE
+from composer.exporters.onnx.seq2seq_session import Seq2SeqSession, open_seq2seq
 from composer.exporters.onnx.skeleton import quiet
 from composer.exporters.onnx.verify import TOKENIZER_FILES
 from composer.files import read_json
@@ -31,17 +33,19 @@ class Runnable:
 
     longest: how many tokens fit, those of the answer included; None where the config does not say.
     eos_ids: the tokens that end a text, as transformers' generate takes them.
-    session: with an adapter active, where the graph keeps them apart.
+    session: with an adapter active, where the graph keeps them apart; both of an encoder-decoder.
+    start_ids: what the decoder of an encoder-decoder starts from; empty for others.
     """
 
     folder: Path
     architecture: Architecture
     config: dict[str, Any]
-    session: onnxruntime.InferenceSession | AdaptedSession
+    session: onnxruntime.InferenceSession | AdaptedSession | Seq2SeqSession
     tokenizer: PreTrainedTokenizerBase
     provider: str
     longest: int | None
     eos_ids: tuple[int, ...]
+    start_ids: tuple[int, ...] = ()
 
 
 def open_runnable(
@@ -60,7 +64,8 @@ def open_runnable(
     what architecture_of raises, and what open_session raises, such as MissingDependencyError for a provider that is
     not there.
     """
-    graph = find_graph(folder)
+    seq2seq = (folder / DECODER_FILE).is_file()
+    graph = folder / DECODER_FILE if seq2seq else find_graph(folder)
     config = read_json(folder / "config.json")
     architecture = architecture_of(config)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -80,9 +85,11 @@ def open_runnable(
                 remedy="compose it again",
                 files=changed,
             )
-    session = open_session(graph, provider, threads=threads)
-    if adapter is not None or adapters_in(session)[0] is not Placement.MERGED:
-        session = activate(session, folder, [adapter])
+    session = (
+        _session(folder, graph, provider, adapter, threads)
+        if not seq2seq
+        else _pair(folder, provider, adapter, threads)
+    )
     with quiet():
         from transformers import AutoTokenizer
 
@@ -97,7 +104,28 @@ def open_runnable(
         provider=provider,
         longest=longest - _virtual_tokens(folder) if isinstance(longest, int) else None,
         eos_ids=_eos_ids(folder, config, tokenizer),
+        start_ids=_start_ids(folder, config, tokenizer) if architecture.is_seq2seq else (),
     )
+
+
+def _session(
+    folder: Path, graph: Path, provider: Literal["cpu", "cuda"], adapter: str | None, threads: int | None
+) -> onnxruntime.InferenceSession | AdaptedSession:
+    session = open_session(graph, provider, threads=threads)
+    if adapter is None and adapters_in(session)[0] is Placement.MERGED:
+        return session
+    return activate(session, folder, [adapter])
+
+
+def _pair(folder: Path, provider: Literal["cpu", "cuda"], adapter: str | None, threads: int | None) -> Seq2SeqSession:
+    if adapter is not None:
+        raise NotFoundError(
+            f"{folder} keeps no adapters apart",
+            expected="no adapter",
+            found=adapter,
+            remedy="leave it out: what was composed is in the weights",
+        )
+    return open_seq2seq(folder, provider, threads=threads)
 
 
 def _virtual_tokens(folder: Path) -> int:
@@ -106,6 +134,16 @@ def _virtual_tokens(folder: Path) -> int:
         if (folder / name).is_file():
             return int(read_header(folder / name).tensors[tensor].shape[axis])
     return 0
+
+
+def _start_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """As transformers' generate starts a decoder: from its start token, and from the one that is forced after it."""
+    path = folder / "generation_config.json"
+    given = {**config, **(read_json(path) if path.is_file() else {})}
+    ends = (given.get("decoder_start_token_id"), given.get("bos_token_id"), tokenizer.pad_token_id)
+    start = next((int(number) for number in ends if number is not None), 0)
+    forced = given.get("forced_bos_token_id")
+    return (start,) if forced is None else (start, int(forced))
 
 
 def _eos_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

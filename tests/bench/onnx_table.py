@@ -48,7 +48,7 @@ of that graph, and by which options, is in [onnx-variants.md](onnx-variants.md).
 - **Encoder-decoders** become two graphs over the same safetensors file. `encoder_model.onnx` gives the hidden states and
   the keys and values of every cross-attention, `present.N.encoder.key|value`; `decoder_with_past_model.onnx` takes them
   as `past_key_values.N.encoder.key|value` at each step, beside its own cache, which is empty at first. The names are
-  optimum's. `composer.exporters.onnx.seq2seq_session` runs the pair; both are verified together.
+  optimum's. `registry run` and `composer.exporters.onnx.seq2seq_session` run the pair; both are verified together.
 - **Mixtures of experts** keep each expert's weights where the checkpoint has them, and only the rows that the router
   sends to an expert are multiplied by its weights.
 
@@ -57,7 +57,8 @@ of that graph, and by which options, is in [onnx-variants.md](onnx-variants.md).
 An architecture that is not in the table; models with code of their own (`auto_map`); quantised weights (compose from
 the base they were made of); rotary embeddings that depend on the length of the sequence (`dynamic`, `longrope`);
 other decoders with cross-attention than those of the table, and encoders that are configured as decoders; experts with
-another activation than SiLU; an encoder-decoder whose adapters are to be kept apart; variants where the table says so.
+another activation than SiLU; an encoder-decoder whose adapters are to be kept apart, or that is to be quantised, computed
+in half precision or made for onnxruntime-genai; the flavour genai where the table says so.
 Weights that do not fit the graph are refused when they are bound, by the names of their tensors.
 
 ## Measured

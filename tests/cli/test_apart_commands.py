@@ -52,4 +52,5 @@ def test_a_service_composes_and_adds_the_same_bytes(two: Any, service: str) -> N
     two("append", "here", "team/json", code=2)
     two("append", "nowhere", "team/json", code=3)
     two("append", "near", "team/none", code=3)
+    assert "every byte is the same" in two("verify", "./near", "--rebuild").stdout
     two("undo", "near", "--adapter", "team/json", "-o", "back")

@@ -173,6 +173,23 @@ def test_an_encoder_gives_the_scores_of_its_labels(run: Any, bert: Path) -> None
         next(answer(open_runnable(bert), PROMPT))
 
 
+@pytest.mark.parametrize("name", ["flan-t5", "mbart"])
+def test_an_encoder_decoder_answers_as_transformers_does(run: Any, name: str, tmp_path: Path) -> None:
+    """Both graphs, from the decoder's start token and from one that forces a language; typed refusal of an adapter."""
+    from tests.composer.seq2seq import build
+
+    model = build(name)
+    model.generation_config.forced_bos_token_id = 7 if name == "mbart" else None
+    model.generation_config.eos_token_id = model.config.eos_token_id
+    out = composed(model, word_tokenizer(), tmp_path)
+    ids = torch.tensor([word_tokenizer()(PROMPT)["input_ids"]])
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=1, use_cache=False)[0].tolist()
+    found = json.loads(run("run", str(out), PROMPT, "--max-new-tokens", "6", "--format", "json").stdout)
+    start = 2 if name == "mbart" else 1
+    assert found["tokens"][: len(expected) - start] == expected[start:]
+    assert "keeps no adapters apart" in run("run", str(out), PROMPT, "--adapter", "team/shout", code=3).stderr
+
+
 def test_a_decoder_is_no_encoder(llama: Path) -> None:
     """Refused by name."""
     with pytest.raises(UnsupportedArchitectureError, match="generates text"):

@@ -173,7 +173,7 @@ def export_onnx(
             apart.insert(bound.model)
         models[file] = bound.model
     files = tuple(graphs)
-    if variant == PLAIN:
+    if variant.is_plain:
         result = _publish(models, folder, architecture, apart, say, clock)
     else:
         clock.append(time.perf_counter())

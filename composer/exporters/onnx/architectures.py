@@ -56,6 +56,11 @@ class Architecture:
         return self.task == "text-generation"
 
     @property
+    def generates(self) -> bool:
+        """True when it writes text."""
+        return self.is_causal or self.is_seq2seq
+
+    @property
     def is_seq2seq(self) -> bool:
         """True for an encoder-decoder, which becomes two graphs."""
         return self.task == "text2text-generation"

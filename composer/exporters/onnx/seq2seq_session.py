@@ -11,19 +11,19 @@ Inputs and outputs are numpy arrays; nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from composer.exporters.onnx.seq2seq import DECODER_FILE, ENCODER_FILE
-from composer.exporters.onnx.session import PAST, PRESENT, decode_greedily, open_session
+from composer.exporters.onnx.session import PAST, PRESENT, decode, most_likely, open_session, stacked
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
-__all__ = ["Encoded", "Seq2SeqSession", "generate_seq2seq", "open_seq2seq"]
+__all__ = ["Encoded", "Seq2SeqSession", "generate_seq2seq", "open_seq2seq", "stream_seq2seq"]
 
 Cache = dict[str, "np.ndarray"]
 
@@ -98,6 +98,23 @@ def generate_seq2seq(
     Returns int64 [batch, n], n <= max_new_tokens: the new tokens only. A row that has ended repeats its end token;
     generation stops when every row has ended.
     """
+    tokens = stream_seq2seq(
+        session, input_ids, attention_mask, start_ids=start_ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids
+    )
+    return stacked(tokens, len(input_ids))
+
+
+def stream_seq2seq(
+    session: Seq2SeqSession,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None = None,
+    *,
+    start_ids: Iterable[int],
+    max_new_tokens: int = 32,
+    eos_ids: Iterable[int] = (),
+    choose: Callable[[np.ndarray], np.ndarray] = most_likely,
+) -> Iterator[np.ndarray]:
+    """As `generate_seq2seq`, token by token: yields int64 [batch]. choose: as in `session.stream`."""
     import numpy as np
 
     encoded = session.encode(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask)
@@ -109,4 +126,4 @@ def generate_seq2seq(
         logits, past = session.decode(encoded, start if chosen is None else chosen, past)
         return logits[:, -1]
 
-    return decode_greedily(advance, len(input_ids), max_new_tokens, eos_ids)
+    return decode(advance, len(input_ids), max_new_tokens, eos_ids, choose)

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
-__all__ = ["Decoder", "decode", "decode_greedily", "forward", "generate", "open_session", "require_runtime", "stream"]
+__all__ = [
+    "Decoder",
+    "decode",
+    "forward",
+    "generate",
+    "most_likely",
+    "open_session",
+    "require_runtime",
+    "stacked",
+    "stream",
+]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
@@ -238,7 +248,7 @@ def generate(
     Returns int64 [batch, n], n <= max_new_tokens: the new tokens only. A row that has ended repeats its end token;
     generation stops when every row has ended.
     """
-    return _stacked(stream(session, input_ids, attention_mask, max_new_tokens, eos_ids), len(input_ids))
+    return stacked(stream(session, input_ids, attention_mask, max_new_tokens, eos_ids), len(input_ids))
 
 
 def decode(
@@ -266,14 +276,8 @@ def decode(
             return
 
 
-def decode_greedily(
-    advance: Callable[[np.ndarray | None], np.ndarray], rows: int, max_new_tokens: int, eos_ids: Iterable[int]
-) -> np.ndarray:
-    """The most likely tokens, int64 [rows, n], as `generate` returns them; the arguments are those of `decode`."""
-    return _stacked(decode(advance, rows, max_new_tokens, eos_ids), rows)
-
-
-def _stacked(tokens: Iterable[np.ndarray], rows: int) -> np.ndarray:
+def stacked(tokens: Iterable[np.ndarray], rows: int) -> np.ndarray:
+    """int64 [rows, n] of n times int64 [rows]."""
     import numpy as np
 
     found = list(tokens)

@@ -70,6 +70,11 @@ class Variant:
         return self.compute != "float32" or self.quantise is not None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is the bound graph as it is."""
+        return self.flavour == "portable" and not self.rounds
+
+    @property
     def on_cpu(self) -> Variant:
         """This variant in a dtype that the CPU multiplies in."""
         return replace(self, compute="float16") if self.compute == "bfloat16" else self
@@ -77,7 +82,7 @@ class Variant:
 
 def check_variant(architecture: Architecture, variant: Variant) -> None:
     """Raise UnsupportedArchitectureError for a model of which this variant cannot be made."""
-    if architecture.is_seq2seq and variant != Variant(min_agreement=variant.min_agreement):
+    if architecture.is_seq2seq and not variant.is_plain:
         raise UnsupportedArchitectureError(
             f"onnx: {architecture.name}: an encoder-decoder has two graphs, which are portable and compute in float32",
             expected="the portable flavour in float32",

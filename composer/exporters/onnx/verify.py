@@ -43,7 +43,6 @@ __all__ = [
     "Verification",
     "live_model",
     "pad",
-    "prompt_rows",
     "prompts",
     "verify",
 ]
@@ -401,12 +400,6 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def prompt_rows(folder: Path, config: Any, longest: int) -> list[list[int]]:
-    """All prompts of a folder: texts, where it has a tokenizer, and seeded ids."""
-    tokenizer = _tokenizer(folder)
-    return [*_text_prompts(tokenizer, config, longest), *_random_prompts(tokenizer, config, longest)]
 
 
 def _text_prompts(tokenizer: Any, config: Any, longest: int) -> list[list[int]]:

@@ -26,9 +26,9 @@ from composer.exporters.onnx.verify import (
     RELATIVE_TOLERANCE,
     SMALLEST_TOLERANCE,
     Verification,
-    _longest,
+    live_model,
     pad,
-    prompt_rows,
+    prompts,
 )
 from composer.renames import module_names
 
@@ -53,21 +53,15 @@ def verify_adapters(
 
     Raises OnnxVerificationError when a value differs by more than the tolerance, or is not a number.
     """
-    import torch
-    import transformers
-
     with quiet():
-        cls = getattr(transformers, architecture.name)
-        module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-        live = LiveModel(module, folder, architecture.output)
+        live = live_model(folder, architecture)
         session = open_session(model_path)
-        longest = _longest(module.config)
-        prompts = prompt_rows(folder, module.config, longest)
+        known = [row for rows in prompts(folder, live) for row in rows]
         checks, largest, scale = [], 0.0, 0.0
         for number, batch in enumerate(batches):
             names = [None if index is None else adapters[index].name for index in batch]
             say(f"verify {', '.join(dict.fromkeys(name or 'base' for name in names))}")
-            rows = [prompts[(number + place) % len(prompts)] for place in range(len(batch))]
+            rows = [known[(number + place) % len(known)] for place in range(len(batch))]
             adapted = activate(session, folder, names)
             difference, absmax = _compare(adapted, live, architecture, rows, adapters, batch)
             checks.append({"check": "adapters", "adapters": names, "rows": len(rows), "max_abs_diff": difference})

@@ -16,6 +16,7 @@ from composer.exporters.onnx import ARCHITECTURES, export_onnx, supported
 from composer.exporters.onnx import bind as bind_module
 from composer.exporters.onnx.seq2seq import DECODER_FILE, ENCODER_FILE
 from composer.exporters.onnx.seq2seq_session import generate_seq2seq, open_seq2seq
+from composer.exporters.onnx.variants import Variant
 from composer.recipe import Export, Placement
 from composer.run import compose
 from composer.tensors import read_header
@@ -258,3 +259,12 @@ def test_adapters_are_not_kept_apart_from_an_encoder_decoder(make: Callable[...,
     plan = plan_folders(base, [(adapter, 1.0)], export=Export.ONNX, placement=placement)
     with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration"):
         prepare_export(plan)
+
+
+@pytest.mark.parametrize("options", [{"compute": "float16"}, {"quantise": "int8"}, {"flavour": "genai"}])
+def test_variants_are_not_made_of_an_encoder_decoder(make: Callable[..., Path], options: dict[str, str]) -> None:
+    """What is done to one graph is refused for two, by name, before anything is traced or written."""
+    folder = make("t5")
+    with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration"):
+        export_onnx(folder, variant=Variant(**options))
+    assert not list(folder.glob("*.onnx"))

@@ -196,6 +196,15 @@ def test_int8_is_nearer_to_torch_than_int4(folder: Path, cache: Path) -> None:
     assert found["int8"] < found["int4"] / 10
 
 
+def test_a_share_that_is_asked_of_an_exact_graph_changes_nothing(folder: Path, cache: Path) -> None:
+    """The same graph, byte for byte, held to float32's tolerance."""
+    export_onnx(folder, cache_dir=cache)
+    plain = (folder / "model.onnx").read_bytes()
+    result = export_onnx(folder, cache_dir=cache, variant=Variant(min_agreement=0.9))
+    assert (folder / "model.onnx").read_bytes() == plain
+    assert result.agreement is None
+
+
 def leftovers(folder: Path) -> list[str]:
     """What an export wrote."""
     return sorted(path.name for path in folder.iterdir() if "onnx" in path.name or "genai" in path.name)
