@@ -45,7 +45,7 @@ def test_a_service_that_asks_for_tokens(program: Program, tmp_path: Path) -> Non
     finally:
         service.send_signal(signal.SIGINT)
         log = service.communicate(timeout=30)[1]
-    assert "POST /api/v1/adapters" in log
+    assert "POST '/api/v1/adapters' 201" in log
     assert token.split("_", 2)[2] not in log
 
 

@@ -106,7 +106,9 @@ def test_adapters_are_found_listed_and_pointed_at(filled: TestClient) -> None:
     assert len(filled.get(f"{API}/adapters/team/shout/versions").json()["items"]) == 1
     moved = filled.put(f"{API}/adapters/team/shout/aliases/prod", json={"version": "0.1.0"})
     assert "prod" in moved.json()["aliases"]
-    assert filled.get(f"{API}/adapters/team/shout", params={"version": "prod"}).json() == moved.json()
+    shown = filled.get(f"{API}/adapters/team/shout", params={"version": "prod"}).json()
+    assert shown.pop("screening")["population"] == 0
+    assert shown.items() <= moved.json().items()
     assert filled.delete(f"{API}/adapters/team/shout/aliases/prod").status_code == 204
     error(filled.get(f"{API}/adapters/team/shout", params={"version": "prod"}), 404)
 
