@@ -16,7 +16,7 @@ from composer.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_model"]
+__all__ = ["load_as", "load_model"]
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -28,7 +28,6 @@ def load_model(folder: Path) -> PreTrainedModel:
     config = read_json(folder / "config.json")
     names = config.get("architectures") or []
     with quiet():
-        import torch
         import transformers
 
         cls = getattr(transformers, names[0], None) if len(names) == 1 and not config.get("auto_map") else None
@@ -40,11 +39,18 @@ def load_model(folder: Path) -> PreTrainedModel:
                 remedy="compose the base without adapters: that writes it unquantised",
             )
         _refuse_unseen(folder)
-        model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-        if (folder / BUNDLE).is_file():
-            from composer.runtime.bottlenecks import attach
+        return load_as(cls, folder)
 
-            attach(model, folder)
+
+def load_as(cls: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """The weights in `folder` as one class of transformers, in float32 and eval mode, with its bottlenecks."""
+    import torch
+
+    model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    if (folder / BUNDLE).is_file():
+        from composer.runtime.bottlenecks import attach
+
+        attach(model, folder)
     return model
 
 

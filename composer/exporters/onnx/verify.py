@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer.bottlenecks import BUNDLE
 from composer.errors import OnnxExportError, OnnxVerificationError
 from composer.exporters.onnx.architectures import Architecture
 from composer.exporters.onnx.live import LiveModel
@@ -202,16 +201,11 @@ def _run_checks(folder: Path, paths: Sequence[Path], architecture: Architecture)
 
 def live_model(folder: Path, architecture: Architecture) -> LiveModel:
     """The torch model in `folder`, in float32, with what lies beside its weights."""
-    import torch
     import transformers
 
-    cls = getattr(transformers, architecture.name)
-    module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-    if (folder / BUNDLE).is_file():
-        from composer.runtime.bottlenecks import attach
+    from composer.loading import load_as  # which is built on this package
 
-        attach(module, folder)
-    return LiveModel(module, folder, architecture.output)
+    return LiveModel(load_as(getattr(transformers, architecture.name), folder), folder, architecture.output)
 
 
 def prompts(folder: Path, live: LiveModel) -> tuple[list[list[int]], list[list[int]]]:
