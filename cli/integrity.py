@@ -25,7 +25,7 @@ def show_store_check(settings: Settings, *, repair: bool = False) -> None:
     with settings.progress() as progress:
         found = settings.registry.verify_store(repair=repair, progress=progress)
     left = [item for item in found.damaged if not item.restored]
-    emit(settings, found, lambda: store_check_block(found), lambda: [item.path for item in left])
+    emit(settings, found, lambda: store_check_block(found), lambda: [item.path or item.name for item in left])
     if left:
         click.get_current_context().exit(DAMAGED)
 
@@ -50,8 +50,9 @@ def verify(
 
     Every file of a composed model (PATH, with ./ in front) is hashed and compared with composition.json; --rebuild
     makes it a second time, from the inputs that it names by their hashes, in a folder beside it. A version's files are
-    fetched. --all hashes adapters, bases, compositions, uploads and caches, and names what is damaged, what uses it and
-    what can restore it; 'registry doctor --repair' does that. Exits with 5 where a byte is not what it was.
+    fetched. --all hashes adapters, bases, compositions, uploads and caches, holds the catalogue against its own
+    digests, and names what is damaged, what uses it and what can restore it; 'registry doctor --repair' does that.
+    Exits with 5 where a byte is not what it was.
     """
     from cli.views import verification_block
 

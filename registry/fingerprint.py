@@ -74,7 +74,12 @@ class Fingerprint:
     @property
     def identity(self) -> str:
         """``wf1:<64 hex>``: equal if and only if weights and behaviour are."""
-        return f"{SCHEME}:{_hash([self.tensor_root, self.config])}"
+        return identity(self.tensor_root, self.config)
+
+
+def identity(tensor_root: str, config_digest: str) -> str:
+    """The fingerprint of a base with these weights and this behaviour, as it is registered."""
+    return f"{SCHEME}:{_hash([tensor_root, config_digest])}"
 
 
 def fingerprint_checkpoint(

@@ -537,11 +537,11 @@ class Readiness(Schema):
 
 
 class Damage(Schema):
-    """A stored file that is not what it was."""
+    """A stored file, or an entry of the catalogue, that is not what it was."""
 
-    kind: str = Field(description="blob, base, composition, xorb, graph or list")
+    kind: str = Field(description="blob, base, composition, xorb, graph, list, entry or database")
     name: str
-    path: str
+    path: str = Field(description="empty for an entry of the catalogue")
     expected: str
     found: str
     used_by: tuple[str, ...] = ()

@@ -5,6 +5,8 @@
     composition   by the job's record      from another copy, else composed again: the same recipe gives the same bytes
     xorb          by its hash              dropped, or what says where its chunks lie: a client sends it again
     graph, list   by their own checksums   dropped: they are made again; a list at once, for the first reader does so
+    entry         digest and fingerprint   no: what the catalogue says of a version's files and of a base
+    database      SQLite's own check       no
 
 A copy is any stored file of the same sha256, and it is hashed before it is taken for one. A restored file appears by a
 rename, so that a reader meets the damaged one or the whole one.
@@ -13,6 +15,7 @@ rename, so that a reader meets the damaged one or the whole one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -21,16 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from composer.errors import TypedError
-from composer.provenance import record_file
+from composer.provenance import manifest_digest, record_file
 from composer.recipe import Recipe
 from composer.sinks import fsync_folder, storage_errors
 from composer.tensors import read_header
 from registry.access import Scope
 from registry.db import session_scope
 from registry.errors import BlobCorruptError
+from registry.fingerprint import identity
 from registry.interface import Progress
 from registry.models import AdapterRow, BaseFileRow, BaseModelRow, JobRow, VersionFileRow, VersionRow
 from registry.schemas import Damage, JobState, StoreCheck
@@ -52,6 +56,8 @@ REMEDIES = {
     "blob": "publish the version again from its source: its bytes take the place of the damaged ones",
     "base": "restore the file from where it came, or give 'registry base add' a whole copy of the base",
     "composition": "submit the job again",
+    "entry": "restore the database from a backup",
+    "database": "restore it from a backup, or save what can be read with sqlite3's .recover",
 }
 
 
@@ -95,12 +101,48 @@ def check_store(registry: LocalRegistry, *, repair: bool = False, progress: Prog
     run.items = list(_items(registry))
     run.total = sum(_size(item.path) for item in run.items)
     found = [(item, damage) for item in run.items if (damage := _damage(run, item)) is not None]
-    damaged = [_repaired(run, item, damage) if repair else damage for item, damage in found]
+    damaged = [*_database(registry), *_entries(registry)]
+    damaged += [_repaired(run, item, damage) if repair else damage for item, damage in found]
     if repair and damaged:
         restored = {f"{item.kind} {item.name}": item.restored for item in damaged}
         with session_scope(registry.engine, writes=True) as session:
             record(session, "repair", str(registry.home), files=restored)
     return StoreCheck(files=len(run.items), nbytes=run.total, damaged=tuple(damaged))
+
+
+def _database(registry: LocalRegistry) -> Iterator[Damage]:
+    """What SQLite finds wrong in its own file; PostgreSQL checks its pages as it reads them, if it was told to."""
+    if registry.engine.dialect.name != "sqlite":
+        return
+    path = str(registry.engine.url.database)
+    with session_scope(registry.engine) as session:
+        for (found,) in session.execute(text(f"PRAGMA integrity_check({SHOWN})")).tuples():
+            if found != "ok":
+                wrong = {"expected": "ok", "found": str(found), "remedy": REMEDIES["database"]}
+                yield Damage(kind="database", name=Path(path).name, path=path, **wrong)
+
+
+def _entries(registry: LocalRegistry) -> Iterator[Damage]:
+    """Versions whose files do not give their digest, and bases whose digests do not give their fingerprint."""
+    names = (AdapterRow.namespace, AdapterRow.name, VersionRow.version, VersionRow.digest)
+    files = select(*names, VersionFileRow.name, VersionFileRow.sha256).join(VersionRow.adapter)
+    files = files.outerjoin(VersionRow.files).order_by(VersionRow.id).execution_options(yield_per=10_000)
+    with session_scope(registry.engine) as session:
+        for key, rows in itertools.groupby(session.execute(files).tuples(), key=lambda row: tuple(row[:4])):
+            held = {name: {"sha256": sha256} for *_, name, sha256 in rows if name is not None}
+            yield from _entry("{}/{}@{}".format(*key[:3]), key[3], manifest_digest(held))
+        bases = select(
+            BaseModelRow.name, BaseModelRow.fingerprint, BaseModelRow.tensor_root, BaseModelRow.config_digest
+        )
+        for name, fingerprint, root, config in session.execute(bases).tuples():
+            yield from _entry(name, fingerprint, identity(root, config))
+
+
+def _entry(name: str, expected: str, found: str) -> Iterator[Damage]:
+    if found != expected:
+        yield Damage(
+            kind="entry", name=name, path="", expected=expected, found=found, used_by=(name,), remedy=REMEDIES["entry"]
+        )
 
 
 def _size(path: Path) -> int:

@@ -39,10 +39,11 @@ from registry.services.catalogue import (
     version_infos,
 )
 
-__all__ = ["Matching", "Part", "levels_of", "version_verdict"]
+__all__ = ["Matching", "Part", "levels_of", "newest_rows", "version_verdict"]
 
 T = TypeVar("T", int, str)
 V = TypeVar("V")
+T_Row = TypeVar("T_Row", bound=tuple[Any, ...])
 
 MAX_PAGE = 1000
 CHUNK = 500
@@ -166,6 +167,11 @@ class Part:
         dialect = connection.get_bind().dialect.name if isinstance(connection, Session) else connection.dialect.name
         return [row[0] for row in connection.execute(self.newest(dialect, limit, before))]
 
+    def having_one(self, query: Select[T_Row], before: int | None) -> Select[T_Row]:
+        """A query narrowed to those that have the only value."""
+        narrowed = query.where(VersionRow.latest, self.condition, self.column == self.values[0])
+        return narrowed if before is None else narrowed.where(VersionRow.id < before)
+
     def newest(self, dialect: str, limit: int, before: int | None) -> Select[tuple[int]]:
         """Their numbers, the newest first.
 
@@ -181,7 +187,7 @@ class Part:
         if self.walk:  # a function keeps planners from the column's index
             return query.where(func.coalesce(self.column, "").in_(self.values)).order_by(order).limit(limit)
         if len(self.values) == 1:
-            return query.where(self.column == self.values[0]).order_by(order).limit(limit)
+            return self.having_one(select(VersionRow.id), before).order_by(order).limit(limit)
         source, key = SOURCES[self.column.key]
         first = query.where(self.column == key).order_by(order).limit(1).correlate(source).scalar_subquery()
         values = select(key.label("value")).where(key.in_(self.values)).order_by(first.desc().nulls_last())
@@ -200,6 +206,20 @@ SOURCES: dict[str, tuple[Any, Any]] = {
     "base_fingerprint": (BaseModelRow, BaseModelRow.fingerprint),
     "signature": (SignatureRow, SignatureRow.digest),
 }
+
+
+def newest_rows(
+    connection: Session | Connection, parts: tuple[Part, ...], limit: int, before: int | None, *options: Any
+) -> Select[tuple[VersionRow]]:
+    """The statement of a page: the newest versions of several parts, up to `limit`.
+
+    One value of an indexed column, as of an exact base, is read at once; of other parts the numbers are read first.
+    """
+    query, order = select(VersionRow).options(*options), VersionRow.id.desc()
+    if len(parts) == 1 and parts[0].column is not None and len(parts[0].values) == 1 and not parts[0].walk:
+        return parts[0].having_one(query, before).order_by(order).limit(limit)
+    numbers = sorted({number for part in parts for number in part.page(connection, limit, before)}, reverse=True)
+    return query.where(VersionRow.id.in_(numbers[:limit])).order_by(order)
 
 
 class Matching:
@@ -223,10 +243,12 @@ class Matching:
                 parts = ask()
                 while len(found) <= limit:
                     need = limit + 1 - len(found)
-                    numbers = self._newest(session, parts, need, before)
-                    found += [item for item in self._verdicts(session, numbers, facts) if item[1].level is wanted]
-                    before = numbers[-1] if numbers else None
-                    if len(numbers) < need:
+                    page = newest_rows(session, parts, need, before, selectinload(VersionRow.files))
+                    rows = session.scalars(page).all()
+                    judged = ((row, version_verdict(session, row, facts)) for row in rows)
+                    found += [item for item in judged if item[1].level is wanted]
+                    before = rows[-1].id if rows else None
+                    if len(rows) < need:
                         break
                 before = None
                 if len(found) > limit:
@@ -240,18 +262,6 @@ class Matching:
                 for info, (_, verdict) in zip(infos, shown, strict=True)
             )
         return Page(items=items, next=following)
-
-    @staticmethod
-    def _newest(session: Session, parts: tuple[Part, ...], limit: int, before: int | None) -> list[int]:
-        """The newest of several parts."""
-        found = {number for part in parts for number in part.page(session, limit, before)}
-        return sorted(found, reverse=True)[:limit]
-
-    @staticmethod
-    def _verdicts(session: Session, numbers: list[int], facts: BaseFacts) -> list[tuple[VersionRow, Verdict]]:
-        query = select(VersionRow).where(VersionRow.id.in_(numbers)).order_by(VersionRow.id.desc())
-        rows = session.scalars(query.options(selectinload(VersionRow.files)))
-        return [(row, version_verdict(session, row, facts)) for row in rows]
 
     def bases_for(self, ref: str, version: str | None, level: Level, limit: int, cursor: str | None) -> Page[BaseFit]:
         """Registered bases that a version fits at `level` or better: best first, then by name."""

@@ -35,7 +35,7 @@ from registry.models import (
 from registry.schemas import Level
 from registry.services.catalogue import base_facts, find_base
 from registry.services.local import LocalRegistry, open_registry
-from registry.services.matching import levels_of
+from registry.services.matching import levels_of, newest_rows
 from registry.services.search import Query, prefers_text, search_page
 from registry.words import index_text
 from tests.postgres import find_server, running_server
@@ -151,9 +151,7 @@ def cases(
         parts, before = stages[base(pick)][level], place(pick)
 
         def call() -> Any:
-            numbers = sorted({number for part in parts for number in part.page(connection, PAGE, before)}, reverse=True)
-            numbers = numbers[:PAGE]
-            return connection.execute(sa.select(VersionRow).where(VersionRow.id.in_(numbers))).all()
+            return connection.execute(newest_rows(connection, parts, PAGE, before)).all()
 
         return call
 

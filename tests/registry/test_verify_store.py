@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from blake3 import blake3
 from fastapi.testclient import TestClient
 
@@ -250,3 +251,40 @@ def test_the_hash_of_one_chunk_is_the_formats(stocked: LocalRegistry) -> None:
     """Of a xorb with a single chunk the hash is that chunk's own: the writer of the fixture is right."""
 
     assert xorb_hash(io.BytesIO(xorb_chunk(b"hello"))) == hash_text(blake3(b"hello", key=LEAF_KEY).digest())
+
+
+CHANGES = {
+    "team/x@0.1.0": "UPDATE version_files SET sha256 = replace(sha256, substr(sha256, 1, 1), 'g') WHERE name LIKE '%.json'",
+    "tiny": "UPDATE base_models SET tensor_root = replace(tensor_root, substr(tensor_root, 1, 1), 'g')",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_entry_of_the_catalogue_is_named(registry: LocalRegistry, tmp_path: Path, name: str) -> None:
+    """What the database says of a version's files and of a base is held against their own digests."""
+    base = write_base(tmp_path / "base", {"model.q.weight": np.ones((8, 8), np.float32)})
+    registry.add_base(base, name="tiny")
+    lora = write_lora(tmp_path / "lora", {"model.q": (8, 8)}, rank=2)
+    version = registry.publish(lora, name="team/x", base="tiny").version.version
+    assert registry.verify_store().damaged == ()
+    with registry.engine.execution_options(writes=True).begin() as connection:
+        assert connection.execute(sa.text(CHANGES[name])).rowcount == 1
+    found = [item for item in registry.verify_store(repair=True).damaged if item.kind == "entry"]
+    assert [item.name for item in found] == [name.replace("0.1.0", version)]
+    assert found[0].restored is None
+    assert found[0].remedy
+
+
+def test_a_damaged_page_of_the_database_is_named(registry: LocalRegistry, tmp_path: Path) -> None:
+    """An index that lacks what its table has, as after a lost page."""
+    base = write_base(tmp_path / "base", {"model.q.weight": np.ones((8, 8), np.float32)})
+    registry.add_base(base, name="tiny")
+    if registry.engine.dialect.name != "sqlite":
+        pytest.skip("PostgreSQL has checksums of its own")
+    with registry.engine.execution_options(writes=True).begin() as connection:
+        connection.exec_driver_sql("PRAGMA writable_schema = ON")
+        wider = "UPDATE sqlite_schema SET sql = replace(sql, '(digest)', '(digest, name)') WHERE name = ?"
+        assert connection.exec_driver_sql(wider, ("ix_base_tensors_digest",)).rowcount == 1
+        connection.exec_driver_sql("PRAGMA writable_schema = RESET")
+    registry.engine.dispose()
+    assert {item.kind for item in registry.verify_store().damaged} == {"database"}
