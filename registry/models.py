@@ -264,7 +264,7 @@ class VersionRow(Model):
     license: Mapped[str | None] = mapped_column(String(100))
     tags: Mapped[list[str]] = mapped_column(JSON)
     description: Mapped[str] = mapped_column(Text, default="")
-    search_text: Mapped[str] = mapped_column(Text)
+    search_text: Mapped[str] = mapped_column(Text, deferred=True)  # which is looked up, not shown
     # The digest of a SignatureRow; no foreign key, because SQLite cannot drop a column that has one.
     signature: Mapped[str | None] = mapped_column(String(64))
     task: Mapped[str | None] = mapped_column(String(50))

@@ -1,8 +1,8 @@
 """Finding adapters by words and properties, newest first.
 
-Words alone are looked up in the text index of the database (SQLite: FTS5, PostgreSQL: GIN). With a base of few versions
-these are read and their words compared. With a base of many, PostgreSQL's planner, which knows how common words are,
-chooses; in SQLite rare words are looked up, and of common ones a short walk over the base's newest fills a page.
+Rare words are looked up in the text index of the database (SQLite: FTS5, PostgreSQL: GIN). Of common ones a short walk
+from the newest fills a page: SQLite counts them within a base, PostgreSQL's planner estimates them everywhere. With a
+base of few versions these are read and their words compared.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Select, column, func, literal_column, select, table
+from sqlalchemy import ColumnElement, Engine, Select, column, func, literal, literal_column, select, table, text
 from sqlalchemy.orm import Session, selectinload
 
 from composer.errors import UsageError
@@ -25,6 +25,12 @@ __all__ = ["Query", "Search", "prefers_text", "search_page"]
 MAX_PAGE = 1000
 MAX_WORDS = 20
 FEW = 2000
+FEW_OF_BASE = 8000  # which PostgreSQL reads sooner than it looks up two words
+ESTIMATES = text(
+    "EXPLAIN (FORMAT JSON) SELECT FROM adapter_versions"
+    " WHERE latest AND to_tsvector('simple', search_text) @@ to_tsquery('simple', :words)"
+    " UNION ALL SELECT FROM adapter_versions WHERE latest AND base_fingerprint = :base"
+)
 TEXT = table("version_text", column("rowid"), column("version_text"))
 
 
@@ -61,7 +67,7 @@ class Search:
         with session_scope(self._engine) as session:
             base = find_base(session, query.base).fingerprint if query.base else None
             dialect = self._engine.dialect.name
-            by_text = base is None or prefers_text(session, dialect, words, base)
+            by_text = prefers_text(session, dialect, words, base)
             before = int(cursor) if cursor else None
             statement = search_page(dialect, query, words, base, limit + 1, before, by_text=by_text)
             rows = session.scalars(statement.options(selectinload(VersionRow.files))).all()
@@ -69,12 +75,23 @@ class Search:
         return Page(items=items, next=str(rows[limit - 1].id) if len(rows) > limit else None)
 
 
-def prefers_text(session: Session, dialect: str, words: tuple[str, ...], base: str) -> bool:
-    """Whether the text index should find the versions of a base that hold some words, or all of them be read."""
-    of_base = select(VersionRow.id).where(VersionRow.latest, VersionRow.base_fingerprint == base).limit(FEW + 1)
-    if not words or _count(session, of_base) <= FEW:
+def prefers_text(session: Session, dialect: str, words: tuple[str, ...], base: str | None) -> bool:
+    """Whether the text index should find the versions that hold some words, or these be walked from the newest."""
+    if not words:
         return False
-    return dialect != "sqlite" or _count(session, select(TEXT.c.rowid).where(_matches(words)).limit(FEW + 1)) <= FEW
+    if dialect != "sqlite":
+        plan = session.execute(ESTIMATES, {"words": _tsquery(words), "base": base or ""}).scalar_one()
+        of_words, of_base = (part["Plan Rows"] for part in plan[0]["Plan"]["Plans"])
+        return of_words <= FEW and (base is None or of_base > FEW_OF_BASE)
+    if base is None:
+        return True
+    of_base = select(VersionRow.id).where(VersionRow.latest, VersionRow.base_fingerprint == base).limit(FEW + 1)
+    matching = select(TEXT.c.rowid).where(_matches(words)).limit(FEW + 1)
+    return _count(session, of_base) > FEW and _count(session, matching) <= FEW
+
+
+def _tsquery(words: tuple[str, ...]) -> str:
+    return " & ".join(f"{word}:*" for word in words)
 
 
 def _count(session: Session, query: Select[Any]) -> int:
@@ -99,21 +116,23 @@ def search_page(
     statement = select(VersionRow).where(VersionRow.latest)
     order: Any = VersionRow.id
     if base is not None:
-        # A function keeps SQLite from the base's index where the text index is to be the one.
-        indexed = not (words and by_text and dialect == "sqlite")
+        # A function keeps planners from the base's index where the text index is to be the one.
+        indexed = not (words and by_text)
         held = VersionRow.base_fingerprint if indexed else func.coalesce(VersionRow.base_fingerprint, "")
         statement = statement.where(held == base)
     if words and not by_text:
         for word in words:
-            statement = statement.where(VersionRow.search_text.like(f"% {word}%"))
+            # In the statement itself: a plan that was made for any word at all would not be for one that is common.
+            statement = statement.where(VersionRow.search_text.like(literal(f"% {word}%", literal_execute=True)))
     elif words and dialect == "sqlite":
         statement = statement.join(TEXT, TEXT.c.rowid == VersionRow.id)
         statement = statement.where(_matches(words))
         order = TEXT.c.rowid  # in whose order the index gives its rows, so that a page needs no sort
     elif words:
         simple = literal_column("'simple'")
-        wanted = func.to_tsquery(simple, " & ".join(f"{word}:*" for word in words))
+        wanted = func.to_tsquery(simple, _tsquery(words))
         statement = statement.where(func.to_tsvector(simple, VersionRow.search_text).op("@@")(wanted))
+        order = VersionRow.id + 0  # which keeps the planner from a walk that makes each row's words anew
     if query.tag is not None:
         statement = statement.join(VersionTagRow, VersionTagRow.version_id == VersionRow.id)
         statement = statement.where(VersionTagRow.tag == query.tag)

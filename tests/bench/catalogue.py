@@ -163,7 +163,7 @@ def cases(
         fingerprint, before = f"wf1:{digest('f', number)}" if of_base else None, place(pick)
 
         def call() -> Any:
-            by_text = fingerprint is None or prefers_text(reading, dialect, wanted, fingerprint)
+            by_text = prefers_text(reading, dialect, wanted, fingerprint)
             page = search_page(dialect, Query(), wanted, fingerprint, PAGE, before, by_text=by_text)
             return connection.execute(page).all()
 
