@@ -1,7 +1,7 @@
 """PostgreSQL's text index holds the latest versions alone, which are all that is searched, and how common words are
 
 Revision: 0009
-Follows: 0008
+Follows: 0007
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0009"
-down_revision = "0008"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 
