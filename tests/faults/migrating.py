@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from alembic import command as alembic
+from alembic.script import ScriptDirectory
 
 from registry.db import _alembic_config, create_database_engine, current_revision, head_revision, session_scope
 from registry.models import AdapterRow, VersionFileRow, VersionRow
@@ -17,7 +18,7 @@ from tests.faults.victims import Blow, Ended, command, strike
 __all__ = ["MigrationSite"]
 
 VERSIONS = 150
-OLDEST = 2  # the first revision that holds what these versions are
+OLDEST = "0002"  # the first revision that holds what these versions are
 
 
 class MigrationSite:
@@ -35,12 +36,13 @@ class MigrationSite:
         self._wanted = shelf.visible()
         assert len(self._wanted) == VERSIONS
         assert all(files == files_of(source) for files in self._wanted.values())
-        self._old = {}
-        self.head = int(head_revision(shelf.registry.engine))
+        self._old: dict[str, Path] = {}
+        self.head = head_revision(shelf.registry.engine)
+        older = older_revisions(shelf.registry.engine)
         shelf.close()
-        for revision in range(self.head - 1, OLDEST - 1, -1):
+        for revision in older:
             engine = create_database_engine(f"sqlite:///{self._database}")
-            alembic.downgrade(_alembic_config(engine), f"{revision:04}")
+            alembic.downgrade(_alembic_config(engine), revision)
             engine.dispose()
             self._old[revision] = shutil.copyfile(self._database, folder / f"revision{revision}.db")
         self._revision = self.head
@@ -94,11 +96,18 @@ class MigrationSite:
         """Nothing: `partial` looks for it each time."""
         return []
 
-    def _found(self) -> int:
+    def _found(self) -> str | None:
         engine = create_database_engine(f"sqlite:///{self._database}")
         found = current_revision(engine)
         engine.dispose()
-        return int(found or 0)
+        return found
+
+
+def older_revisions(engine: sa.Engine) -> list[str]:
+    """From the last but one back to the oldest, as they follow each other."""
+    script = ScriptDirectory.from_config(_alembic_config(engine))
+    names = [item.revision for item in script.walk_revisions()]
+    return names[1 : names.index(OLDEST) + 1]
 
 
 def _multiply(shelf: Shelf) -> None:
