@@ -51,7 +51,7 @@ def create_database_engine(url: str) -> Engine:
 
         @event.listens_for(engine, "connect")
         def _of_pages(connection: Any, _record: Any) -> None:
-            # Every statement here is a page: to start workers for one takes longer than to read it.
+            # Nearly every statement here is a page: to start workers for one takes longer than to read it.
             connection.execute("SET max_parallel_workers_per_gather = 0")
             connection.commit()
 
